@@ -1,0 +1,23 @@
+"""Fused kernels for class-activation-map (CAM) training losses.
+
+One call per loss, exact values and gradients, no host synchronisation:
+
+    from camkernels import fused_cam_erase
+    erased, cam = fused_cam_erase(features, classifier.weight, target, images)
+"""
+
+from camkernels._backend import use_backend
+from camkernels._version import __version__
+from camkernels.ops.cam import fused_cam
+from camkernels.ops.cam_erase import CamErase, fused_cam_erase
+from camkernels.ops.focus_area import FocusArea, focus_area
+
+__all__ = [
+    "CamErase",
+    "FocusArea",
+    "__version__",
+    "focus_area",
+    "fused_cam",
+    "fused_cam_erase",
+    "use_backend",
+]

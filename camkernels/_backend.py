@@ -1,0 +1,150 @@
+"""Which backend answers a call, and why another one cannot."""
+
+import importlib
+import importlib.util
+import os
+from functools import cache
+from types import TracebackType
+
+import torch
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+ENVIRONMENT_VARIABLE = "CAMKERNELS_BACKEND"
+
+# Fastest first, per device type. Devices that stand in no row are served by the reference.
+_AUTO = {
+    "cpu": ("cpu",),
+    "cuda": ("cuda", "triton"),
+    "xpu": ("triton",),
+}
+
+
+def _setting_from_environment() -> str:
+    return os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+
+
+_setting = _setting_from_environment()
+
+
+@cache
+def extension_error() -> str | None:
+    """Why ``camkernels._C`` (the C++ kernels for the CPU) is not there, or None if it is."""
+    try:
+        importlib.import_module("camkernels._C")
+    except ImportError as error:
+        if importlib.util.find_spec("camkernels._C") is None:
+            return "the C++ extension is not built (install with a C++ compiler: pip install .)"
+        return f"the C++ extension does not load: {error}"
+    return None
+
+
+@cache
+def cuda_library_error() -> str | None:
+    """Why the CUDA kernels are not loaded, or None if they are."""
+    from camkernels import _library
+
+    return _library.load_cuda_kernels()
+
+
+@cache
+def triton_error() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    try:
+        importlib.import_module("camkernels.triton")
+    except Exception as error:  # a broken Triton must not take the other backends with it
+        return f"Triton does not load: {error}"
+    return None
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter, that is on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def why_not(backend: str, device_type: str, dtype: torch.dtype | None = None) -> str | None:
+    """The reason for which ``backend`` cannot serve tensors of that device and dtype, or None."""
+    if backend == "reference":
+        return None
+    if backend == "cpu":
+        return f"it serves CPU tensors, not {device_type}" if device_type != "cpu" else extension_error()
+    if dtype == torch.float64:
+        return "it computes in float32, not float64"
+    if backend == "cuda":
+        if device_type != "cuda" or torch.version.hip is not None:
+            return f"it serves NVIDIA GPUs, not {device_type}"
+        return cuda_library_error()
+    if device_type not in ("cuda", "xpu") and not (device_type == "cpu" and interpreting()):
+        return f"it serves GPUs, not {device_type} (TRITON_INTERPRET=1 runs it on CPU tensors, slowly)"
+    return triton_error()
+
+
+def check(name: str) -> str:
+    if name != "auto" and name not in BACKENDS:
+        allowed = ", ".join(("auto", *BACKENDS))
+        raise ValueError(f"camkernels: backend is {name!r}; allowed are {allowed}")
+    return name
+
+
+def setting() -> str:
+    """The backend asked for: ``"auto"`` or one of ``BACKENDS``."""
+    return _setting
+
+
+def resolve(function: str, requested: str, device_type: str, dtype: torch.dtype) -> str:
+    """The backend that serves this call of ``function``."""
+    if requested == "auto":
+        for backend in _AUTO.get(device_type, ()):
+            if why_not(backend, device_type, dtype) is None:
+                return backend
+        return "reference"
+    reason = why_not(check(requested), device_type, dtype)
+    if reason is not None:
+        raise RuntimeError(
+            f"{function}: backend {requested!r} cannot serve {device_type} tensors of {dtype}: {reason}"
+        )
+    return requested
+
+
+class use_backend:  # noqa: N801  (reads as a function, as torch.no_grad does)
+    """Choose the backend of all later calls; as a context manager, of those inside it.
+
+        camkernels.use_backend("reference")
+        with camkernels.use_backend("triton"):
+            erased, cam = fused_cam_erase(...)
+
+    A backward pass uses the backend that its forward pass was given. The choice is the process's, not a
+    thread's. The environment variable ``CAMKERNELS_BACKEND`` gives its first value.
+
+    Args:
+        name: ``"auto"`` (the fastest that serves the device), ``"reference"``, ``"cpu"``, ``"triton"`` or
+            ``"cuda"``.
+
+    Raises:
+        ValueError: ``name`` is none of these.
+        RuntimeError: that backend works on no device of this machine; the message says why.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _setting
+        check(name)
+        if name != "auto":
+            reasons = {device: why_not(name, device) for device in ("cpu", "cuda", "xpu")}
+            if all(reasons.values()):
+                device = "cpu" if name == "cpu" else "cuda"
+                raise RuntimeError(f"camkernels: backend {name!r} cannot serve here: {reasons[device]}")
+        self._previous = _setting
+        _setting = name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        global _setting
+        _setting = self._previous

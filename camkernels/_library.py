@@ -1,0 +1,97 @@
+"""One op, one schema in ``torch.library``; here a call meets its backend.
+
+Every op is defined by a signature and a function that allocates its outputs. That function is the fake
+(meta) kernel as well, so that a traced shape can never differ from a real one. A backend only fills:
+
+    allocate(*arguments) -> outputs
+    launcher(*arguments, *outputs) -> None
+"""
+
+import importlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from camkernels import _backend
+
+_LIB = torch.library.Library("camkernels", "DEF")
+_CPP = torch.library.Library("camkernels_cpp", "DEF")  # filled by csrc/, for the CPU and CUDA keys
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def memory_format(tensor: Tensor) -> torch.memory_format:
+    """channels_last where the tensor lies so and not the plain way too (one channel, one pixel)."""
+    if tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def readable(tensor: Tensor) -> Tensor:
+    """The tensor itself if kernels can read it in place, else a contiguous copy."""
+    return tensor if memory_format(tensor) == torch.channels_last else tensor.contiguous()
+
+
+def prepare_inputs(*args: Any) -> tuple[Any, ...]:
+    return tuple(readable(arg) if isinstance(arg, Tensor) else arg for arg in args)
+
+
+def define_op(
+    name: str,
+    arguments: str,
+    outputs: Sequence[str],
+    *,
+    allocate: Callable[..., tuple[Tensor, ...]],
+    prepare: Callable[..., tuple[Any, ...]] = prepare_inputs,
+) -> None:
+    """Define ``camkernels::<name>(arguments, str backend) -> outputs``.
+
+    ``prepare`` maps the arguments to those that kernels read in place; the device and the dtype of the
+    first choose the backend.
+    """
+    results = ", ".join("Tensor" for _ in outputs)
+    written = ", ".join(f"Tensor({chr(97 + i)}!) {output}" for i, output in enumerate(outputs))
+    _LIB.define(f"{name}({arguments}, str backend) -> ({results})", tags=(torch.Tag.pt2_compliant_tag,))
+    _CPP.define(f"{name}({arguments}, {written}) -> ()")
+    cpp = getattr(torch.ops.camkernels_cpp, name)
+
+    def fake(*args: Any) -> tuple[Tensor, ...]:
+        return allocate(*prepare(*args[:-1]))
+
+    def run(*args: Any) -> tuple[Tensor, ...]:
+        *inputs, requested = args
+        prepared = prepare(*inputs)
+        filled = allocate(*prepared)
+        first = prepared[0]
+        if first.shape[0] == 0:  # no image: nothing to launch, gradients of parameters are zero
+            for output in filled:
+                output.zero_()
+            return filled
+        backend = _backend.resolve(name, requested, first.device.type, first.dtype)
+        launcher = getattr(importlib.import_module("camkernels.triton"), name) if backend == "triton" else cpp
+        launcher(*prepared, *filled)
+        return filled
+
+    _LIB.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"camkernels::{name}", fake, lib=_LIB)
+
+
+def load_cuda_kernels() -> str | None:
+    """Load the CUDA kernels' own library; the reason if that cannot be, None if it is loaded."""
+    if not torch.version.cuda:
+        return "this torch is built without CUDA"
+    library = next(Path(__file__).parent.glob("_cuda*.so"), None)
+    if library is None:
+        return "not built (nvcc was not found, or CAMKERNELS_CUDA=0, when camkernels was installed)"
+    if not torch.cuda.is_available():
+        return "no GPU is visible"
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        return f"its library does not load: {error}"
+    return None

@@ -1,0 +1,1 @@
+"""Public functions: argument checks, autograd, docstrings. No kernel lives here."""

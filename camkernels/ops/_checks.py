@@ -1,0 +1,149 @@
+"""Argument checks: every message names the function, the argument, what came and what is allowed."""
+
+from collections.abc import Sequence
+from math import isfinite
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def tensor(function: str, argument: str, value: object, shape: str, dims: Sequence[int]) -> Tensor:
+    """A float tensor whose number of dimensions is one of ``dims``."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{function}: {argument} is a {type(value).__name__}; it must be a tensor {shape}")
+    if value.dtype not in FLOATS:
+        allowed = ", ".join(map(_name, FLOATS))
+        raise TypeError(f"{function}: {argument} has dtype {_name(value.dtype)}; allowed are {allowed}")
+    if value.dim() not in dims:
+        raise ValueError(f"{function}: {argument} has shape {list(value.shape)}; it must be {shape}")
+    return value
+
+
+def features(function: str, value: object) -> Tensor:
+    value = tensor(function, "features", value, "[N, C, H, W]", (4,))
+    if 0 in value.shape[1:]:
+        raise ValueError(
+            f"{function}: features has shape {list(value.shape)}; C, H and W must be at least 1 (N may be 0)"
+        )
+    return value
+
+
+def weight(function: str, value: object, features: Tensor) -> Tensor:
+    value = tensor(function, "weight", value, "[L, C] or [L, C, 1, 1]", (2, 4))
+    if value.dim() == 4 and value.shape[2:] != (1, 1):
+        raise ValueError(
+            f"{function}: weight has shape {list(value.shape)}; it must be [L, C] or [L, C, 1, 1]"
+        )
+    if value.shape[0] == 0:
+        raise ValueError(f"{function}: weight has shape {list(value.shape)}; L must be at least 1")
+    if value.shape[1] != features.shape[1]:
+        raise ValueError(
+            f"{function}: weight has {value.shape[1]} channels and features {features.shape[1]}; "
+            "they must be equal"
+        )
+    return same_device(function, "weight", value, features)
+
+
+def bias(function: str, value: object, weight: Tensor) -> Tensor | None:
+    if value is None:
+        return None
+    value = tensor(function, "bias", value, "[L]", (1,))
+    if value.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"{function}: bias has {value.shape[0]} classes and weight {weight.shape[0]}; they must be equal"
+        )
+    return same_device(function, "bias", value, weight, "weight")
+
+
+def target(function: str, value: object, features: Tensor, shape: str, dims: Sequence[int]) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{function}: target is a {type(value).__name__}; it must be a tensor {shape}")
+    if value.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{function}: target has dtype {_name(value.dtype)}; allowed are int64, int32")
+    if value.dim() not in dims:
+        raise ValueError(f"{function}: target has shape {list(value.shape)}; it must be {shape}")
+    if value.shape[0] != features.shape[0]:
+        raise ValueError(
+            f"{function}: target has {value.shape[0]} images and features {features.shape[0]}; "
+            "they must be equal"
+        )
+    if value.dim() == 2 and value.shape[1] == 0:
+        raise ValueError(f"{function}: target has shape {list(value.shape)}; K must be at least 1")
+    return same_device(function, "target", value, features)
+
+
+def images(function: str, value: object, features: Tensor) -> Tensor:
+    value = tensor(function, "images", value, "[N, D, H0, W0]", (4,))
+    if 0 in value.shape[1:]:
+        raise ValueError(
+            f"{function}: images has shape {list(value.shape)}; D, H0 and W0 must be at least 1 (N may be 0)"
+        )
+    if value.shape[0] != features.shape[0]:
+        raise ValueError(
+            f"{function}: images has {value.shape[0]} images and features {features.shape[0]}; "
+            "they must be equal"
+        )
+    return same_device(function, "images", value, features)
+
+
+def same_device(
+    function: str, argument: str, value: Tensor, other: Tensor, other_argument: str = "features"
+) -> Tensor:
+    if value.device != other.device:
+        raise ValueError(
+            f"{function}: {argument} is on {value.device} and {other_argument} on {other.device}; "
+            "they must be on one device"
+        )
+    return value
+
+
+def number(function: str, argument: str, value: object, allowed: str) -> float:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{function}: {argument} is a {type(value).__name__}; it must be a number {allowed}")
+    return float(value)
+
+
+def in_open_interval(
+    function: str, argument: str, value: object, low: float, high: float, allowed: str
+) -> float:
+    result = number(function, argument, value, allowed)
+    if not low < result < high:  # a NaN fails as well
+        raise ValueError(f"{function}: {argument} is {result}; it must be a number {allowed}")
+    return result
+
+
+def eps(function: str, value: object) -> float:
+    result = number(function, "eps", value, "of at least 0")
+    if not (result >= 0 and isfinite(result)):
+        raise ValueError(f"{function}: eps is {result}; it must be a number of at least 0")
+    return result
+
+
+def fill(function: str, value: object, channels: int) -> list[float]:
+    """One number for every channel, or one for each."""
+    allowed = f"a number or {channels} numbers, one for each channel of images"
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return [float(value)]
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise TypeError(f"{function}: fill is a {type(value).__name__}; it must be {allowed}")
+    if len(value) != channels:
+        raise ValueError(f"{function}: fill has {len(value)} numbers; it must be {allowed}")
+    for item in value:
+        if not isinstance(item, Real) or isinstance(item, bool):
+            raise TypeError(f"{function}: fill holds a {type(item).__name__}; it must be {allowed}")
+    return [float(item) for item in value]
+
+
+def choice(function: str, argument: str, value: object, allowed: Sequence[str]) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{function}: {argument} is a {type(value).__name__}; allowed are {', '.join(allowed)}")
+    if value not in allowed:
+        raise ValueError(f"{function}: {argument} is {value!r}; allowed are {', '.join(allowed)}")
+    return value
