@@ -144,7 +144,7 @@ def _nothing(like: Tensor) -> Tensor:
 
 def allocate_maps(features: Tensor, maps: int, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
     """``cam`` [N, K, H, W]; ``cam32``, the same in float32 where backward needs it and ``cam`` is of a half
-    type, else empty; ``extent`` [N, K, 2], minimum and range of each map."""
+    type, else empty; ``extent`` [N, K, 2], minimum and maximum of each raw map."""
     images, _, height, width = features.shape
     accumulate = accumulate_dtype(features.dtype)
     cam = features.new_empty((images, maps, height, width))

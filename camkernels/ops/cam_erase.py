@@ -79,7 +79,8 @@ def fused_cam_erase(
     eps = _checks.eps(name, eps)
 
     requested = _backend.setting()
-    if _backend.resolve(name, requested, features.device.type, features.dtype) == "reference":
+    widest = torch.promote_types(features.dtype, images.dtype)  # of a pair with float64, float64
+    if _backend.resolve(name, requested, features.device.type, widest) == "reference":
         return CamErase(
             *reference.cam_erase(
                 features,
