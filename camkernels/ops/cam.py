@@ -95,7 +95,7 @@ class _Cam(torch.autograd.Function):
             return (None,) * 7
         normalize, eps, requested = ctx.options
         grad_features, grad_weight, grad_bias = cam_backward(
-            grad.view(cam.shape) if grad.is_contiguous() else grad.reshape(cam.shape),
+            grad[:, None] if grad.dim() == 3 else grad,  # [N, K, H, W]
             features,
             weight,
             columns,

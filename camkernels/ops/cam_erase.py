@@ -136,7 +136,7 @@ class _CamErase(torch.autograd.Function):
         need_features, need_weight, _, need_images = ctx.needs_input_grad[:4]
         grad_images = grad_features = grad_weight = None
         if grad_cam is not None:
-            grad_cam = grad_cam.reshape(cam.shape)
+            grad_cam = grad_cam[:, None]  # [N, 1, H, W]
         need_map = bool(sharpness) and (need_features or need_weight)
         if grad_erased is not None and (need_images or need_map):
             grad_images, grad_map = torch.ops.camkernels.cam_erase_bwd(

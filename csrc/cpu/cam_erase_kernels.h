@@ -1,0 +1,246 @@
+// The image stage of cam_erase for one instruction set.
+//
+// Upsampling is separable: each map row is stretched to the image's width once (height x image_width, it
+// stays in cache), and an image row blends two of these. A channels_last image is one plane whose rows
+// are depth times as long, each pixel's value repeated, so both layouts run the same loops.
+#pragma once
+
+#include <memory>
+
+#include "../shared/taps.h"
+#include "kernels.h"
+#include "vector.h"
+
+namespace camkernels::cpu {
+namespace {
+
+struct Geometry {
+  int64_t planes, row, repeats;  // planes of image_height rows of `row` elements, each pixel `repeats` long
+};
+
+inline Geometry geometry(const CamErase& p) {
+  if (p.channels_last) return {1, p.image_width * p.depth, p.depth};
+  return {p.depth, p.image_width, 1};
+}
+
+template <typename Real>
+void stretch_rows(const CamErase& p, const Real* map, int64_t repeats, Real* stretched) {
+  const Real scale = resample_scale<Real>(p.width, p.image_width);
+  const int64_t row = p.image_width * repeats;
+  for (int64_t x = 0; x < p.image_width; ++x) {
+    const Taps<Real> taps = source_taps(x, scale, static_cast<int>(p.width), p.nearest);
+    for (int64_t h = 0; h < p.height; ++h) {
+      const Real value = resample(map[h * p.width + taps.low], map[h * p.width + taps.high], taps.weight);
+      for (int64_t d = 0; d < repeats; ++d) stretched[h * row + x * repeats + d] = value;
+    }
+  }
+}
+
+// The transpose of stretch_rows.
+template <typename Real>
+void gather_rows(const CamErase& p, const Real* stretched, int64_t repeats, Real* map) {
+  const Real scale = resample_scale<Real>(p.width, p.image_width);
+  const int64_t row = p.image_width * repeats;
+  for (int64_t x = 0; x < p.image_width; ++x) {
+    const Taps<Real> taps = source_taps(x, scale, static_cast<int>(p.width), p.nearest);
+    for (int64_t h = 0; h < p.height; ++h) {
+      Real value = 0;
+      for (int64_t d = 0; d < repeats; ++d) value += stretched[h * row + x * repeats + d];
+      map[h * p.width + taps.low] += (Real(1) - taps.weight) * value;
+      map[h * p.width + taps.high] += taps.weight * value;
+    }
+  }
+}
+
+template <typename Real>
+inline void blend_rows(const Real* __restrict low, const Real* __restrict high, Real weight, Real* __restrict heat,
+                       int64_t row) {
+  for (int64_t i = 0; i < row; ++i) heat[i] = resample(low[i], high[i], weight);
+}
+
+template <typename Real, typename Bits>
+inline void threshold_row(const Real* __restrict heat, Real threshold, Bits* __restrict mask, int64_t row) {
+  for (int64_t i = 0; i < row; ++i) mask[i] = heat[i] > threshold ? static_cast<Bits>(-1) : Bits(0);
+}
+
+template <typename Bits>
+inline void select_row(const Bits* __restrict mask, const Bits* __restrict fill, const Bits* __restrict from,
+                       Bits* __restrict to, int64_t row) {
+  for (int64_t i = 0; i < row; ++i) to[i] = (from[i] & ~mask[i]) | (fill[i] & mask[i]);
+}
+
+template <typename Real>
+inline void gate_row(Real* heat, Real threshold, Real sharpness, int64_t row) {
+  for (int64_t i = 0; i < row; ++i) heat[i] = sigmoid(sharpness * (heat[i] - threshold));
+}
+
+template <typename T>
+inline T narrowed(Accumulate<T> value) {
+  T result;
+  if constexpr (std::is_same_v<T, Half>) {
+    result = to_half(value);
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    result = to_bfloat16(value);
+  } else {
+    result = value;
+  }
+  return result;
+}
+
+// The fill of every element of a row: [planes][row].
+template <typename T>
+std::unique_ptr<T[]> fill_rows(const CamErase& p, const Geometry& g) {
+  std::unique_ptr<T[]> fill(new T[g.planes * g.row]);
+  for (int64_t i = 0; i < g.planes * g.row; ++i) {
+    const int64_t d = g.planes > 1 ? i / g.row : i % g.repeats;
+    fill[i] = narrowed<T>(static_cast<Accumulate<T>>(p.fill[d]));
+  }
+  return fill;
+}
+
+template <typename Real>
+struct HeatRows {
+  HeatRows(const CamErase& p, int64_t image, const Geometry& g)
+      : row(g.row),
+        scale(resample_scale<Real>(p.height, p.image_height)),
+        height(static_cast<int>(p.height)),
+        nearest(p.nearest),
+        stretched(new Real[p.height * g.row]) {
+    stretch_rows(p, static_cast<const Real*>(p.cam) + image * p.height * p.width, g.repeats, stretched.get());
+  }
+  Taps<Real> taps(int64_t y) const { return source_taps(y, scale, height, nearest); }
+  void blend(int64_t y, Real* heat) const {
+    const Taps<Real> t = taps(y);
+    blend_rows(stretched.get() + t.low * row, stretched.get() + t.high * row, t.weight, heat, row);
+  }
+  int64_t row;
+  Real scale;
+  int height;
+  bool nearest;
+  std::unique_ptr<Real[]> stretched;  // [height][row]
+};
+
+// Forward reads images and fills with `fill`; the gradient reads grad_erased and fills with 0.
+template <typename Real, typename Bits>
+void erase_hard(const CamErase& p, const Bits* from, Bits* to, const Bits* fill, int64_t image, int64_t row_begin,
+                int64_t row_end) {
+  const Geometry g = geometry(p);
+  const HeatRows<Real> rows(p, image, g);
+  const std::unique_ptr<Real[]> heat(new Real[g.row]);
+  const std::unique_ptr<Bits[]> mask(new Bits[g.row]);
+  const int64_t start = image * g.planes * p.image_height * g.row;
+  for (int64_t y = row_begin; y < row_end; ++y) {
+    rows.blend(y, heat.get());
+    threshold_row(heat.get(), static_cast<Real>(p.threshold), mask.get(), g.row);
+    for (int64_t d = 0; d < g.planes; ++d) {
+      const int64_t offset = start + (d * p.image_height + y) * g.row;
+      select_row(mask.get(), fill + d * g.row, from + offset, to + offset, g.row);
+    }
+  }
+}
+
+template <typename Bits, typename T>
+const Bits* as_bits(const T* values) {
+  static_assert(sizeof(Bits) == sizeof(T));
+  return reinterpret_cast<const Bits*>(values);
+}
+
+template <typename Real, typename T>
+void cam_erase_fwd(const CamErase& p, int64_t image, int64_t row_begin, int64_t row_end) {
+  using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+  using Wide = Accumulate<T>;
+  const Geometry g = geometry(p);
+  const std::unique_ptr<T[]> fill = fill_rows<T>(p, g);
+  const T* images = static_cast<const T*>(p.images.data);
+  if (p.sharpness == 0) {
+    erase_hard<Real, Bits>(p, as_bits<Bits>(images), static_cast<Bits*>(p.erased), as_bits<Bits>(fill.get()), image,
+                           row_begin, row_end);
+    return;
+  }
+  const HeatRows<Real> rows(p, image, g);
+  const std::unique_ptr<Real[]> gate(new Real[g.row]);
+  const std::unique_ptr<Wide[]> pixels(new Wide[2 * g.row]);
+  T* erased = static_cast<T*>(p.erased);
+  const int64_t start = image * g.planes * p.image_height * g.row;
+  for (int64_t y = row_begin; y < row_end; ++y) {
+    rows.blend(y, gate.get());
+    gate_row(gate.get(), static_cast<Real>(p.threshold), static_cast<Real>(p.sharpness), g.row);
+    for (int64_t d = 0; d < g.planes; ++d) {
+      const int64_t offset = start + (d * p.image_height + y) * g.row;
+      const Wide* from = widened(images + offset, pixels.get(), g.row);
+      Wide* out = pixels.get() + g.row;
+      const double colour = p.fill[d];  // of this plane; in one plane of all channels it varies
+      for (int64_t i = 0; i < g.row; ++i) {
+        const Wide open = static_cast<Wide>(gate[i]);
+        const Wide painted = static_cast<Wide>(g.planes > 1 ? colour : p.fill[i % g.repeats]);
+        out[i] = from[i] * (Wide(1) - open) + painted * open;
+      }
+      store_row(out, erased + offset, g.row);
+    }
+  }
+}
+
+template <typename Real, typename T>
+void cam_erase_bwd(const CamErase& p, int64_t image) {
+  using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+  using Wide = Accumulate<T>;
+  const Geometry g = geometry(p);
+  const T* grad_erased = static_cast<const T*>(p.grad_erased);
+  if (p.sharpness == 0) {
+    const std::unique_ptr<Bits[]> zero(new Bits[g.planes * g.row]());
+    erase_hard<Real, Bits>(p, as_bits<Bits>(grad_erased), static_cast<Bits*>(p.erased), zero.get(), image, 0,
+                           p.image_height);
+    return;
+  }
+  const HeatRows<Real> rows(p, image, g);
+  const std::unique_ptr<Real[]> gate(new Real[g.row]);
+  const std::unique_ptr<Real[]> slope(new Real[g.row]);  // gradient of the upsampled map, one image row
+  const std::unique_ptr<Wide[]> pixels(new Wide[3 * g.row]);
+  const std::unique_ptr<Real[]> grad_stretched(new Real[p.height * g.row]());
+  const T* images = static_cast<const T*>(p.images.data);
+  T* grad_images = static_cast<T*>(p.erased);
+  const Real sharpness = static_cast<Real>(p.sharpness);
+  const int64_t start = image * g.planes * p.image_height * g.row;
+  for (int64_t y = 0; y < p.image_height; ++y) {
+    rows.blend(y, gate.get());
+    gate_row(gate.get(), static_cast<Real>(p.threshold), sharpness, g.row);
+    for (int64_t i = 0; i < g.row; ++i) slope[i] = 0;
+    for (int64_t d = 0; d < g.planes; ++d) {
+      const int64_t offset = start + (d * p.image_height + y) * g.row;
+      const Wide* grad = widened(grad_erased + offset, pixels.get(), g.row);
+      if (p.grad_map != nullptr) {
+        const Wide* from = widened(images + offset, pixels.get() + g.row, g.row);
+        for (int64_t i = 0; i < g.row; ++i) {
+          const Wide painted = static_cast<Wide>(p.fill[g.planes > 1 ? d : i % g.repeats]);
+          slope[i] += static_cast<Real>(grad[i] * (painted - from[i]));
+        }
+      }
+      if (grad_images != nullptr) {
+        Wide* out = pixels.get() + 2 * g.row;
+        for (int64_t i = 0; i < g.row; ++i) out[i] = grad[i] * (Wide(1) - static_cast<Wide>(gate[i]));
+        store_row(out, grad_images + offset, g.row);
+      }
+    }
+    if (p.grad_map == nullptr) continue;
+    const Taps<Real> taps = rows.taps(y);
+    Real* low = grad_stretched.get() + taps.low * g.row;
+    Real* high = grad_stretched.get() + taps.high * g.row;
+    for (int64_t i = 0; i < g.row; ++i) {
+      const Real grad_heat = slope[i] * sharpness * gate[i] * (Real(1) - gate[i]);
+      low[i] += (Real(1) - taps.weight) * grad_heat;
+      high[i] += taps.weight * grad_heat;  // low and high are one row at the border: both are added
+    }
+  }
+  if (p.grad_map == nullptr) return;
+  const int64_t cells = p.height * p.width;
+  Real* grad_map = static_cast<Real*>(p.grad_map) + image * cells;
+  if (p.grad_cam.data != nullptr) {
+    load_row(p.grad_cam, image * cells, cells, grad_map);
+  } else {
+    for (int64_t i = 0; i < cells; ++i) grad_map[i] = 0;
+  }
+  gather_rows(p, grad_stretched.get(), g.repeats, grad_map);
+}
+
+}  // namespace
+}  // namespace camkernels::cpu

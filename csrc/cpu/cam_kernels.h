@@ -1,0 +1,157 @@
+// Class activation maps and their gradients for one instruction set.
+//
+// With F the features of an image, w the wanted rows of the weight and G the gradient of the raw maps:
+//
+//                     [C][pixels]                     channels_last, [pixels][C]
+//   maps              panel(w, F)                     dots(w, F)
+//   grad_features     panel(w transposed, G)          panel(G transposed, w)
+//   grad_weight       dots(G, F)                      panel(G, F)
+#pragma once
+
+#include <memory>
+
+#include "../shared/min_max.h"
+#include "kernels.h"
+#include "vector.h"
+
+namespace camkernels::cpu {
+namespace {
+
+// Class of map `k` of image `n`; the binding has checked the range.
+inline int64_t class_of(const AnyArray& target, int64_t n, int64_t k, int64_t maps) {
+  return target.data == nullptr ? k : load_index(target, n * maps + k);
+}
+
+template <typename Real>
+void normalise_map(Real* map, int64_t pixels, Real eps, Real* extent) {
+  Extrema<Real> extrema{map[0], map[0]};
+  for (int64_t p = 1; p < pixels; ++p) extrema = merge(extrema, {map[p], map[p]});
+  for (int64_t p = 0; p < pixels; ++p) map[p] = normalise(map[p], extrema, eps);
+  extent[0] = extrema.low;
+  extent[1] = extrema.high;
+}
+
+template <typename T>
+void cam_fwd(const CamFwd& p, int64_t block_begin, int64_t block_end) {
+  using Real = Accumulate<T>;
+  const int64_t blocks = (p.maps + kMapBlock - 1) / kMapBlock;
+  const int64_t most = p.maps < kMapBlock ? p.maps : kMapBlock;
+  const int64_t staged = p.channels_last ? kDotRows * p.channels : kPanelRows * p.pixels;
+  const std::unique_ptr<Real[]> rows(new Real[most * p.channels]);
+  const std::unique_ptr<Real[]> raw(new Real[most * p.pixels]);
+  const std::unique_ptr<Real[]> staging(new Real[std::is_same_v<T, Real> ? 0 : staged]);
+
+  for (int64_t block = block_begin; block < block_end; ++block) {
+    const int64_t n = block / blocks;
+    const int64_t first = block % blocks * kMapBlock;
+    const int64_t count = p.maps - first < kMapBlock ? p.maps - first : kMapBlock;
+    for (int64_t k = 0; k < count; ++k) {
+      const int64_t row = class_of(p.target, n, first + k, p.maps);
+      load_row(p.weight, row * p.channels, p.channels, rows.get() + k * p.channels);
+    }
+    const T* features = static_cast<const T*>(p.features.data) + n * p.channels * p.pixels;
+    if (p.channels_last) {
+      dots(rows.get(), p.channels, features, p.channels, raw.get(), p.pixels, 1, count, p.pixels, p.channels,
+           staging.get());
+    } else {
+      panel({rows.get(), p.channels, 1}, features, p.pixels, raw.get(), p.pixels, count, p.channels, p.pixels,
+            staging.get(), true);
+    }
+    for (int64_t k = 0; k < count; ++k) {
+      Real* map = raw.get() + k * p.pixels;
+      const int64_t index = n * p.maps + first + k;
+      if (p.extent != nullptr) {
+        normalise_map(map, p.pixels, static_cast<Real>(p.eps), static_cast<Real*>(p.extent) + 2 * index);
+      } else if (p.bias.data != nullptr) {
+        const Real bias = load<Real>(p.bias, class_of(p.target, n, first + k, p.maps));
+        for (int64_t i = 0; i < p.pixels; ++i) map[i] += bias;
+      }
+      store_row(map, static_cast<T*>(p.cam) + index * p.pixels, p.pixels);
+      if (p.cam32 != nullptr) {
+        std::memcpy(static_cast<Real*>(p.cam32) + index * p.pixels, map, p.pixels * sizeof(Real));
+      }
+    }
+  }
+}
+
+// Gradient of the raw maps from that of the normalised ones.
+template <typename Real>
+void cam_bwd_maps(const CamBwd& p, int64_t map_begin, int64_t map_end) {
+  for (int64_t index = map_begin; index < map_end; ++index) {
+    Real* grad = static_cast<Real*>(p.grad_raw) + index * p.pixels;
+    load_row(p.grad_cam, index * p.pixels, p.pixels, grad);
+    if (p.extent == nullptr) continue;
+    const Real* map = static_cast<const Real*>(p.cam) + index * p.pixels;
+    const Real* extent = static_cast<const Real*>(p.extent) + 2 * index;
+    const Real span = extent[1] - extent[0];
+    MinMaxSums<Real> sums{};
+    for (int64_t i = 0; i < p.pixels; ++i) accumulate(sums, grad[i], map[i]);
+    for (int64_t i = 0; i < p.pixels; ++i) {
+      grad[i] = normalise_backward(grad[i], map[i], sums, span, static_cast<Real>(p.eps));
+    }
+  }
+}
+
+// Gradients of a range of channels, over all images in order: what one thread sums up no other touches.
+template <typename T>
+void cam_bwd_channels(const CamBwd& p, int64_t channel_begin, int64_t channel_end) {
+  using Real = Accumulate<T>;
+  constexpr bool kSame = std::is_same_v<T, Real>;
+  const int64_t width = channel_end - channel_begin;
+  const int64_t staged = p.channels_last ? kPanelRows * width : kDotRows * p.pixels;
+  const std::unique_ptr<Real[]> rows(new Real[p.maps * width]);
+  const std::unique_ptr<Real[]> products(new Real[p.maps * width]);
+  const std::unique_ptr<Real[]> wide(new Real[kSame ? 0 : width * p.pixels]);
+  const std::unique_ptr<Real[]> staging(new Real[kSame ? 0 : staged]);
+
+  for (int64_t n = 0; n < p.images; ++n) {
+    const Real* grad_raw = static_cast<const Real*>(p.grad_raw) + n * p.maps * p.pixels;
+    const int64_t start = n * p.channels * p.pixels + channel_begin * (p.channels_last ? 1 : p.pixels);
+    if (p.grad_features != nullptr) {
+      for (int64_t k = 0; k < p.maps; ++k) {
+        const int64_t row = class_of(p.target, n, k, p.maps);
+        load_row(p.weight, row * p.channels + channel_begin, width, rows.get() + k * width);
+      }
+      T* grad_features = static_cast<T*>(p.grad_features) + start;
+      const int64_t lines = p.channels_last ? p.pixels : width;     // of the features, each contiguous
+      const int64_t length = p.channels_last ? width : p.pixels;
+      const int64_t line_stride = p.channels_last ? p.channels : p.pixels;
+      Real* out;
+      int64_t out_stride;
+      if constexpr (kSame) {
+        out = grad_features;
+        out_stride = line_stride;
+      } else {
+        out = wide.get();
+        out_stride = length;
+      }
+      if (p.channels_last) {
+        panel<Real>({grad_raw, 1, p.pixels}, rows.get(), width, out, out_stride, lines, p.maps, length, nullptr, true);
+      } else {
+        panel<Real>({rows.get(), 1, width}, grad_raw, p.pixels, out, out_stride, lines, p.maps, length, nullptr, true);
+      }
+      if constexpr (!kSame) {
+        for (int64_t i = 0; i < lines; ++i) narrow(out + i * length, grad_features + i * line_stride, length);
+      }
+    }
+    if (p.grad_weight != nullptr) {
+      const T* features = static_cast<const T*>(p.features.data) + start;
+      if (p.channels_last) {
+        panel<T>({grad_raw, p.pixels, 1}, features, p.channels, products.get(), width, p.maps, p.pixels, width,
+                 staging.get(), true);
+      } else {
+        dots<T>(grad_raw, p.pixels, features, p.pixels, products.get(), width, 1, p.maps, width, p.pixels,
+                staging.get());
+      }
+      for (int64_t k = 0; k < p.maps; ++k) {
+        const int64_t row = class_of(p.target, n, k, p.maps);
+        Real* grad_weight = static_cast<Real*>(p.grad_weight) + row * p.channels + channel_begin;
+        const Real* product = products.get() + k * width;
+        for (int64_t c = 0; c < width; ++c) grad_weight[c] += product[c];
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace camkernels::cpu

@@ -1,0 +1,36 @@
+// Checks and thread grain that the CPU bindings share.
+#pragma once
+
+#include <algorithm>
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "../common.h"
+#include "kernels.h"
+
+namespace camkernels::cpu {
+
+inline int64_t index_at(const AnyArray& array, int64_t i) {
+  return array.dtype == DType::kInt32 ? static_cast<const int32_t*>(array.data)[i]
+                                      : static_cast<const int64_t*>(array.data)[i];
+}
+
+// std::out_of_range becomes an IndexError in Python.
+inline void check_target(const char* function, const std::optional<Tensor>& target, int64_t classes) {
+  if (!target) return;
+  const AnyArray indices = any_array(*target);
+  for (int64_t i = 0; i < target->numel(); ++i) {
+    const int64_t index = index_at(indices, i);
+    if (index < 0 || index >= classes) {
+      throw std::out_of_range(std::string(function) + ": target holds class " + std::to_string(index) +
+                              "; weight has " + std::to_string(classes) + " classes, so it must be in [0, " +
+                              std::to_string(classes) + ")");
+    }
+  }
+}
+
+// Items of `cost` operations each that make a task worth handing to a thread (about 10 microseconds).
+inline int64_t grain(int64_t cost) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, cost)); }
+
+}  // namespace camkernels::cpu

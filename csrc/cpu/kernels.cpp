@@ -1,0 +1,87 @@
+// The table of kernels of one instruction set; setup.py compiles this file once for each, with
+// CAMKERNELS_ISA (its name), CAMKERNELS_TABLE (the table's) and CAMKERNELS_VECTOR_BYTES.
+#include "kernels.h"
+
+#include "cam_erase_kernels.h"
+#include "cam_kernels.h"
+
+namespace camkernels::cpu {
+namespace {
+
+void run_cam_fwd(const CamFwd& p, int64_t begin, int64_t end) {
+  switch (p.features.dtype) {
+    case DType::kHalf:
+      return cam_fwd<Half>(p, begin, end);
+    case DType::kBFloat16:
+      return cam_fwd<BFloat16>(p, begin, end);
+    case DType::kDouble:
+      return cam_fwd<double>(p, begin, end);
+    default:
+      return cam_fwd<float>(p, begin, end);
+  }
+}
+
+void run_cam_bwd_maps(const CamBwd& p, int64_t begin, int64_t end) {
+  if (p.features.dtype == DType::kDouble) {
+    cam_bwd_maps<double>(p, begin, end);
+  } else {
+    cam_bwd_maps<float>(p, begin, end);
+  }
+}
+
+void run_cam_bwd_channels(const CamBwd& p, int64_t begin, int64_t end) {
+  switch (p.features.dtype) {
+    case DType::kHalf:
+      return cam_bwd_channels<Half>(p, begin, end);
+    case DType::kBFloat16:
+      return cam_bwd_channels<BFloat16>(p, begin, end);
+    case DType::kDouble:
+      return cam_bwd_channels<double>(p, begin, end);
+    default:
+      return cam_bwd_channels<float>(p, begin, end);
+  }
+}
+
+template <typename Real>
+void erase_fwd(const CamErase& p, int64_t image, int64_t row_begin, int64_t row_end) {
+  switch (p.image_dtype) {
+    case DType::kHalf:
+      return cam_erase_fwd<Real, Half>(p, image, row_begin, row_end);
+    case DType::kBFloat16:
+      return cam_erase_fwd<Real, BFloat16>(p, image, row_begin, row_end);
+    case DType::kDouble:
+      return cam_erase_fwd<Real, double>(p, image, row_begin, row_end);
+    default:
+      return cam_erase_fwd<Real, float>(p, image, row_begin, row_end);
+  }
+}
+
+template <typename Real>
+void erase_bwd(const CamErase& p, int64_t image) {
+  switch (p.image_dtype) {
+    case DType::kHalf:
+      return cam_erase_bwd<Real, Half>(p, image);
+    case DType::kBFloat16:
+      return cam_erase_bwd<Real, BFloat16>(p, image);
+    case DType::kDouble:
+      return cam_erase_bwd<Real, double>(p, image);
+    default:
+      return cam_erase_bwd<Real, float>(p, image);
+  }
+}
+
+void run_cam_erase_fwd(const CamErase& p, DType accumulate, int64_t image, int64_t row_begin, int64_t row_end) {
+  (accumulate == DType::kDouble ? erase_fwd<double> : erase_fwd<float>)(p, image, row_begin, row_end);
+}
+
+void run_cam_erase_bwd(const CamErase& p, DType accumulate, int64_t image) {
+  (accumulate == DType::kDouble ? erase_bwd<double> : erase_bwd<float>)(p, image);
+}
+
+}  // namespace
+
+extern const Kernels CAMKERNELS_TABLE;
+const Kernels CAMKERNELS_TABLE = {CAMKERNELS_ISA,     run_cam_fwd,       run_cam_bwd_maps,
+                                  run_cam_bwd_channels, run_cam_erase_fwd, run_cam_erase_bwd};
+
+}  // namespace camkernels::cpu
