@@ -1,0 +1,102 @@
+"""Options of the benchmarks, and the case that each of them measures."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import harness
+import measure
+import pytest
+import results
+import torch
+
+RESULTS = pytest.StashKey[dict[str, list[results.Row]]]()
+PROVIDERS = ("eager", "compile", "compile-max-autotune", "camkernels")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("camkernels benchmarks")
+    group.addoption("--rows", choices=("smoke", "all"), default="smoke", help="which rows of workloads.json")
+    group.addoption("--device", choices=("cpu", "cuda"), default="cpu")
+    group.addoption(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the features"
+    )
+    group.addoption("--providers", default=",".join(PROVIDERS), help="comma-separated; default: all")
+    group.addoption(
+        "--seconds", type=float, default=None, help="of timed rounds, per row, variant and direction"
+    )
+    group.addoption("--max-images", type=int, default=None, help="run no row with a larger batch")
+    group.addoption(
+        "--results", type=Path, default=None, help="folder for <device>.json; default: not written"
+    )
+    group.addoption(
+        "--allocator",
+        choices=("keep", "system"),
+        default="keep",
+        help="on the CPU, keep freed memory in the process (as jemalloc or tcmalloc do) or give it back",
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" in metafunc.fixturenames:
+        op = metafunc.module.OP
+        rows = harness.workload_rows(op.name, metafunc.config.getoption("rows"))
+        pairs = [(op, row, variant) for row in rows for variant in op.variants]
+        names = [f"{row['id']}-{variant}" for _, row, variant in pairs]
+        metafunc.parametrize("case", pairs, ids=names, indirect=True, scope="session")
+        metafunc.parametrize("direction", harness.DIRECTIONS)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    timer = time.perf_counter if config.getoption("device") == "cpu" else measure.DeviceInstant
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=timer, disable_gc=True))
+
+
+@pytest.fixture(scope="session")
+def session(request: pytest.FixtureRequest) -> Iterator[harness.Session]:
+    option = request.config.getoption
+    device = torch.device(option("device"), 0) if option("device") == "cuda" else torch.device("cpu")
+    kept = device.type == "cpu" and option("allocator") == "keep" and measure.keep_freed_memory()
+    default_seconds = 2.5 if device.type == "cpu" else 0.5
+    session = harness.Session(
+        device=device,
+        dtype=getattr(torch, option("dtype")),
+        wanted=set(option("providers").split(",")),
+        seconds=default_seconds if option("seconds") is None else option("seconds"),
+        max_images=option("max_images"),
+    )
+    request.config.stash[RESULTS] = session.results
+    yield session
+    information = {
+        **results.machine(device),
+        "last_level_cache_bytes": measure.last_level_cache(device),
+        "matrix_flops_per_second": session.matrix_rate,
+        "freed_memory_kept": kept,
+    }
+    if option("results") is not None:
+        for op, rows in session.results.items():
+            results.save(option("results"), device, op, information, rows)
+
+
+@pytest.fixture(scope="session")
+def case(request: pytest.FixtureRequest, session: harness.Session) -> Iterator[harness.Case]:
+    op, row, variant = request.param
+    yield harness.Case(session, op, row, variant)
+    measure.clean_up(session.device)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    for op, rows in config.stash.get(RESULTS, {}).items():
+        terminalreporter.section(op)
+        for row in rows:
+            peak = "-" if row.peak_extra_bytes is None else f"{row.peak_extra_bytes / 2**20:.1f}"
+            terminalreporter.write_line(
+                f"{row.id:16} {row.variant:6} {row.direction:17} {row.provider:21} {row.backend:10} "
+                f"N {row.shape['N']:4} {row.seconds * 1e3:9.3f} ms "
+                f"{row.seconds / row.floor_seconds:6.2f} x floor "
+                f"peak {peak:>8} of {row.result_bytes / 2**20:.1f} MiB  launches {row.launches:4} "
+                f"host {row.host_seconds * 1e6:7.1f} us  copy {row.copy_bytes_per_second / 1e9:.1f} GB/s"
+            )

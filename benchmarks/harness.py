@@ -1,0 +1,273 @@
+"""Runs one row of ``workloads.json``: every provider checked, then all of them timed in turns."""
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import measure
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from results import Row
+from torch import Tensor
+
+from camkernels import _backend
+
+WORKLOADS = Path(__file__).with_name("workloads.json")
+DIRECTIONS = ("forward", "forward+backward")
+WorkloadRow = Mapping[str, Any]  # of workloads.json
+Tensors = tuple[Tensor, ...]
+MIN_ROUNDS, MAX_ROUNDS = 7, 60
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Arguments of one call, all of them fresh and random."""
+
+    args: Tensors
+    options: Mapping[str, Any]
+    differentiable: tuple[int, ...]  # which of the arguments take a gradient
+    grads: Tensors  # of the outputs
+
+    def double(self) -> "Inputs":
+        def widen(tensor: Tensor) -> Tensor:
+            wide = tensor.detach().double() if tensor.is_floating_point() else tensor
+            return wide.requires_grad_(tensor.requires_grad)
+
+        args, grads = (tuple(widen(tensor) for tensor in tensors) for tensors in (self.args, self.grads))
+        return Inputs(args, self.options, self.differentiable, grads)
+
+
+@dataclass(frozen=True)
+class Op:
+    """What a ``bench_<op>.py`` says about its op."""
+
+    name: str
+    variants: tuple[str, ...]
+    tiny: WorkloadRow  # its arithmetic takes no time
+    reference: Callable[..., Tensors]  # the op in plain PyTorch, called as a user would
+    fused: Callable[..., Tensors]  # the op of camkernels
+    make: Callable[[WorkloadRow, str, torch.dtype, torch.Generator], Inputs]
+    cost: Callable[[WorkloadRow, str, torch.dtype, str], measure.Cost]  # of "forward", of "backward" alone
+    # Raises AssertionError where results (outputs, then gradients) are wronger than they may be, given
+    # (inputs, results, those of eager, those in float64).
+    check: Callable[[Inputs, Tensors, Tensors, Tensors], None]
+
+
+def workload_rows(op: str, selection: str) -> list[dict[str, Any]]:
+    rows = json.loads(WORKLOADS.read_text())[op]
+    return [row for row in rows if selection == "all" or row["id"].startswith("smoke")]
+
+
+def assert_as_close_as(
+    name: str, ours: Tensor, eager: Tensor, truth: Tensor, factor: float = 4.0, ulps: float = 4.0
+) -> None:
+    """At most ``factor`` times as far from the truth as eager PyTorch, plus ``ulps`` of the largest value."""
+    allowed = factor * _distance(eager, truth) + ulps * torch.finfo(ours.dtype).eps * truth.abs().max().item()
+    distance = _distance(ours, truth)
+    assert distance <= allowed, f"{name} is {distance:.3g} from the float64 truth; {allowed:.3g} is allowed"
+
+
+def _distance(tensor: Tensor, truth: Tensor) -> float:
+    return (tensor.double() - truth).abs().max().item()
+
+
+@dataclass(frozen=True)
+class Provider:
+    name: str
+    function: Callable[..., Tensors]
+    graphs: bool = False  # replays CUDA graphs, whose results the next call overwrites
+
+    def __call__(self, inputs: Inputs, direction: str) -> Tensors:
+        if self.graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+        outputs = tuple(self.function(*inputs.args, **inputs.options))
+        if direction == "forward":
+            return outputs
+        return outputs + torch.autograd.grad(
+            outputs, [inputs.args[i] for i in inputs.differentiable], inputs.grads
+        )
+
+
+def providers(op: Op, device: torch.device, wanted: set[str]) -> list[Provider]:
+    offered = [Provider("eager", op.reference), Provider("camkernels", op.fused)]
+    if "compile" in wanted:
+        offered.insert(1, Provider("compile", torch.compile(op.reference, fullgraph=True, dynamic=False)))
+    if "compile-max-autotune" in wanted and device.type == "cuda":
+        tuned = torch.compile(op.reference, fullgraph=True, dynamic=False, mode="max-autotune")
+        offered.insert(2, Provider("compile-max-autotune", tuned, graphs=True))
+    return [provider for provider in offered if provider.name in wanted]
+
+
+@dataclass
+class Session:
+    """What all rows of one pytest session share."""
+
+    device: torch.device
+    dtype: torch.dtype
+    wanted: set[str]
+    seconds: float  # of timed rounds, per row and direction
+    max_images: int | None
+    copy: measure.Copy = field(init=False)
+    matrix_rate: float = field(init=False)
+    results: dict[str, list[Row]] = field(default_factory=dict)
+    host: dict[tuple[str, str], dict[tuple[str, str], float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.copy = measure.Copy(self.device)
+        measure.matrix_rate(self.device, self.dtype)  # the first one warms up
+        self.matrix_rate = measure.matrix_rate(self.device, self.dtype)
+
+    def inputs(self, op: Op, row: WorkloadRow, variant: str, seed: int) -> Inputs:
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return op.make(row, variant, self.dtype, generator)
+
+    def tiny_host_seconds(self, op: Op, variant: str) -> dict[tuple[str, str], float]:
+        """Host time by direction and provider of a call on tiny tensors.
+
+        On the CPU this is the only host time that can be told from the arithmetic. Forgets what is compiled.
+        """
+        if (op.name, variant) not in self.host:
+            inputs = self.inputs(op, op.tiny, variant, seed=0)
+            self.host[op.name, variant] = {
+                (direction, provider.name): measure.host_seconds(
+                    partial(provider, inputs, direction), self.device, calls=300
+                )
+                for provider in providers(op, self.device, self.wanted)
+                for direction in DIRECTIONS
+            }
+            torch.compiler.reset()
+        return self.host[op.name, variant]
+
+
+class Case:
+    """One row in one variant, at the batch that fits, with its inputs and compiled providers."""
+
+    def __init__(self, session: Session, op: Op, row: WorkloadRow, variant: str) -> None:
+        self.session, self.op, self.variant = session, op, variant
+        self.full_images = row["N"]
+        per_image = op.cost(row, variant, session.dtype, "forward").bytes // row["N"]
+        images = min(row["N"], session.max_images or row["N"])
+        images = measure.images_that_fit(images, per_image, measure.available_memory(session.device))
+        self.row = {**row, "N": images}
+        on_cpu = session.device.type == "cpu"
+        self.tiny_host_seconds = session.tiny_host_seconds(op, variant) if on_cpu else {}
+        self.providers = providers(op, session.device, session.wanted)
+        first = session.inputs(op, self.row, variant, seed=1)
+        set_bytes = measure.tensor_bytes(first.args + first.grads)
+        count = measure.input_sets(set_bytes, measure.last_level_cache(session.device))
+        self.sets = [first, *(session.inputs(op, self.row, variant, seed) for seed in range(2, count + 1))]
+        self._check()
+
+    def _check(self) -> None:
+        inputs, direction = self.sets[0], DIRECTIONS[1]
+        wide = inputs.double()
+        truth = self.op.reference(*wide.args, **wide.options)
+        truth = truth + torch.autograd.grad(truth, [wide.args[i] for i in wide.differentiable], wide.grads)
+        truth = tuple(tensor.detach() for tensor in truth)
+        eager = tuple(tensor.detach() for tensor in Provider("eager", self.op.reference)(inputs, direction))
+        for provider in self.providers:
+            # A later call, too: only then CUDA graphs are replayed.
+            for _ in range(3 if provider.graphs else 1):
+                found = tuple(tensor.detach() for tensor in provider(inputs, direction))
+                try:
+                    self.op.check(inputs, found, eager, truth)
+                except AssertionError as error:
+                    raise AssertionError(f"{provider.name}: {error}") from error
+            del found
+
+    def backend(self, provider: Provider) -> str:
+        if provider.name != "camkernels":
+            return "torch"
+        device, dtype = self.session.device, self.session.dtype
+        return _backend.resolve(self.op.name, _backend.setting(), device.type, dtype)
+
+
+def run_case(benchmark: BenchmarkFixture, case: Case, direction: str) -> list[Row]:
+    """Time all providers in turns, round by round, a copy of memory between them; one row for each."""
+    session, device = case.session, case.session.device
+    sets = cycle(case.sets)
+    calls: list[Callable[[Inputs], Any]] = [lambda inputs: session.copy()]
+    calls += [partial(provider, direction=direction) for provider in case.providers]
+
+    spent, host = [], []
+    for call in calls:
+        for _ in range(2 * len(case.sets)):
+            start = measure.clock(device)
+            result = call(next(sets))
+            last = measure.clock(device) - start
+            del result
+        spent.append(last)
+        host.append(measure.host_seconds(partial(call, case.sets[0]), device, calls=3))
+    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, math.ceil(session.seconds / sum(spent))))
+    # On a GPU, work ahead of each timed call, so that the device never waits for the host in between: the
+    # host's time is a column of its own.
+    head_start = 1 + math.ceil(1.5 * max(host) / spent[0]) if device.type == "cuda" else 0
+
+    turns = cycle(calls)
+    kept: list[Any] = []
+
+    def next_turn() -> tuple[tuple[Any, ...], dict[str, Any]]:
+        kept.clear()  # outside the timed region
+        for _ in range(head_start):
+            session.copy()
+        return (next(turns), next(sets)), {}
+
+    def timed(call: Callable[[Inputs], Any], inputs: Inputs) -> None:
+        kept.append(call(inputs))
+
+    benchmark.pedantic(timed, setup=next_turn, rounds=rounds * len(calls), iterations=1)
+    kept.clear()
+    copies, *times = turns_of(benchmark.stats.stats.data, len(calls))
+    bandwidth = session.copy.bytes / statistics.median(copies)
+    cost = case.op.cost(case.row, case.variant, session.dtype, "forward")
+    if direction != "forward":
+        cost = cost + case.op.cost(case.row, case.variant, session.dtype, "backward")
+    least = measure.floor(cost, bandwidth, session.matrix_rate)
+
+    rows = []
+    for provider, seconds in zip(case.providers, times, strict=True):
+        once = partial(provider, case.sets[0], direction)
+        result_bytes = measure.tensor_bytes(once())
+        events = measure.trace(once, device)
+        host_seconds = case.tiny_host_seconds.get((direction, provider.name))
+        if host_seconds is None:
+            host_seconds = measure.host_seconds(once, device)
+        low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+        rows.append(
+            Row(
+                id=case.row["id"],
+                variant=case.variant,
+                direction=direction,
+                dtype=str(session.dtype).removeprefix("torch."),
+                shape={key: value for key, value in case.row.items() if key != "id"},
+                full_images=case.full_images,
+                provider=provider.name,
+                backend=case.backend(provider),
+                seconds=median,
+                seconds_low=low,
+                seconds_high=high,
+                rounds=len(seconds),
+                peak_extra_bytes=None if provider.graphs else measure.peak_extra_bytes(once, device, events),
+                result_bytes=result_bytes,
+                launches=measure.launches(events, device),
+                host_seconds=host_seconds,
+                floor_bytes=cost.bytes,
+                floor_flops=cost.flops,
+                floor_seconds=least.seconds,
+                floor_bound=least.bound,
+                copy_bytes_per_second=bandwidth,
+            )
+        )
+    session.results.setdefault(case.op.name, []).extend(rows)
+    return rows
+
+
+def turns_of(times: Sequence[float], players: int) -> list[list[float]]:
+    """Each player's times out of those of rounds played in turns."""
+    return [list(times[first::players]) for first in range(players)]

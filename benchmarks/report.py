@@ -1,0 +1,315 @@
+"""Turns ``results/*.json`` into the tables and plots of ``README.md``: ``python benchmarks/report.py``."""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+HERE = Path(__file__).parent
+SCHEMA = 1
+BEGIN, END = "<!-- results: written by report.py -->", "<!-- end of results -->"
+MINE = "camkernels"
+TUNED = "compile-max-autotune"
+
+FLOOR_LIMIT = {"cpu": 1.3, "cuda": 1.25}  # times the floor, in memory-bound rows
+GEOMETRIC_MEAN = 2.0  # speed-up over the faster of eager and compile
+MEMORY_LIMIT = 1.05  # times outputs + gradients
+
+Row = dict[str, Any]  # as results.Row
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """All providers of one row, variant and direction."""
+
+    op: str
+    device: str
+    providers: dict[str, Row]
+
+    @property
+    def mine(self) -> Row:
+        return self.providers[MINE]
+
+    @property
+    def name(self) -> str:
+        row = self.mine
+        dtype = "" if row["dtype"] == "float32" else f"/{row['dtype']}"
+        return f"{self.op}/{row['id']}/{row['variant']}/{row['direction']}{dtype}"
+
+    @property
+    def rival(self) -> float:
+        """Seconds of the fastest other provider."""
+        return float(min(row["seconds"] for name, row in self.providers.items() if name != MINE))
+
+    @property
+    def speed_up(self) -> float:
+        return float(self.rival / self.mine["seconds"])
+
+    @property
+    def times_floor(self) -> float:
+        return float(self.mine["seconds"] / self.mine["floor_seconds"])
+
+
+@dataclass(frozen=True)
+class Verdict:
+    target: str
+    subject: str  # name of a measurement, or of the op for a mean over all
+    met: bool
+    measured: str
+
+
+def measurements(op: str, device: str, rows: Iterable[Row]) -> list[Measurement]:
+    grouped: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        key = tuple(row[part] for part in ("id", "variant", "direction", "dtype"))
+        grouped.setdefault(key, {})[row["provider"]] = row
+    found = [Measurement(op, device, providers) for providers in grouped.values()]
+    return [each for each in found if MINE in each.providers and len(each.providers) > 1]
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(math.fsum(map(math.log, values)) / len(values))
+
+
+def judge(measured: Sequence[Measurement]) -> list[Verdict]:
+    """Every target of one op on one device, from its numbers."""
+    verdicts = []
+    for each in measured:
+        verdicts += _judge_one(each)
+    if measured:
+        mean = geometric_mean([each.speed_up for each in measured])
+        verdicts.append(
+            Verdict("geometric mean", measured[0].op, mean >= GEOMETRIC_MEAN, f"{mean:.2f} x faster")
+        )
+    return verdicts
+
+
+def _judge_one(each: Measurement) -> list[Verdict]:
+    mine, name, on_gpu = each.mine, each.name, each.device != "cpu"
+    verdicts = []
+    if mine["floor_bound"] == "bytes" and not (on_gpu and mine["id"].startswith("smoke")):
+        limit = FLOOR_LIMIT["cuda" if on_gpu else "cpu"]
+        measured = f"{each.times_floor:.2f} x floor"
+        verdicts.append(Verdict("near the floor", name, each.times_floor <= limit, measured))
+    if on_gpu and TUNED in each.providers:
+        gain = each.providers[TUNED]["seconds"] / mine["seconds"]
+        verdicts.append(Verdict("faster", name, gain >= 1, f"{gain:.2f} x faster than {TUNED}"))
+    else:
+        verdicts.append(Verdict("faster", name, each.speed_up > 1, f"{each.speed_up:.2f} x faster"))
+    if on_gpu and "eager" in each.providers:
+        ours, eager = mine["host_seconds"], each.providers["eager"]["host_seconds"]
+        measured = f"{ours * 1e6:.0f} µs, eager {eager * 1e6:.0f} µs"
+        verdicts.append(Verdict("host time", name, ours < eager, measured))
+    if mine["peak_extra_bytes"] is not None:
+        share = mine["peak_extra_bytes"] / mine["result_bytes"]
+        verdicts.append(Verdict("memory", name, share <= MEMORY_LIMIT, f"{share:.3f} x outputs + gradients"))
+    return verdicts
+
+
+def cause(notes: dict[str, dict[str, str]], device: str, verdict: Verdict) -> str:
+    """The note with the longest key that begins the verdict's ``target: subject`` or its subject."""
+    known = notes.get(device, {})
+    for text in (f"{verdict.target}: {verdict.subject}", verdict.subject):
+        keys = [key for key in known if text.startswith(key)]
+        if keys:
+            return known[max(keys, key=len)]
+    return "no cause noted"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines] + [""]
+
+
+def targets_table() -> list[str]:
+    rows = [
+        (
+            "near the floor",
+            f"≤ {FLOOR_LIMIT['cpu']} x floor",
+            f"≤ {FLOOR_LIMIT['cuda']} x floor at the large sizes",
+        ),
+        (
+            "faster",
+            "every row faster than the faster of eager and compile",
+            f"every row at least as fast as {TUNED}",
+        ),
+        ("geometric mean", f"≥ {GEOMETRIC_MEAN:g} x", f"≥ {GEOMETRIC_MEAN:g} x"),
+        ("host time", "-", "per call below eager's"),
+        ("memory", *[f"peak extra bytes ≤ outputs + gradients + {MEMORY_LIMIT - 1:.0%}"] * 2),
+    ]
+    return table(("target", "CPU, 2 cores", "H200"), rows)
+
+
+def summary(files: dict[str, dict[str, Any]], notes: dict[str, dict[str, str]]) -> list[str]:
+    met_rows, missed_rows = [], []
+    names = ("near the floor", "faster", "geometric mean", "host time", "memory")
+    for slug, content in files.items():
+        for op, run in content["runs"].items():
+            measured = measurements(op, content["device"], run["rows"])
+            verdicts = judge(measured)
+            tally = []
+            for target in names:
+                about = [verdict for verdict in verdicts if verdict.target == target]
+                met = sum(verdict.met for verdict in about)
+                word = "-" if not about else "met" if met == len(about) else "**missed**"
+                if target == "geometric mean" and about:
+                    tally.append(f"{word}: {about[0].measured}")
+                else:
+                    tally.append(f"{word}: {met} of {len(about)}" if about else word)
+            met_rows.append((content["name"], f"`{op}`", *tally))
+            missed_rows += [
+                (content["name"], f"`{v.subject}`", v.target, v.measured, cause(notes, slug, v))
+                for v in verdicts
+                if not v.met
+            ]
+    lines = table(("device", "op", *names), met_rows)
+    if missed_rows:
+        lines += ["What misses a target:", ""]
+        lines += table(("device", "row", "target", "measured", "cause"), missed_rows)
+    return lines
+
+
+def device_section(slug: str, content: dict[str, Any], plots: dict[str, str]) -> list[str]:
+    lines = [f"### {content['name']}", ""]
+    for op, run in content["runs"].items():
+        machine = run["machine"]
+        measured = measurements(op, content["device"], run["rows"])
+        facts = [f"torch {machine['torch']}", f"Triton {machine['triton']}", f"Python {machine['python']}"]
+        facts += [
+            f"{machine['threads']} CPU threads",
+            f"last-level cache {machine['last_level_cache_bytes'] >> 20} MiB",
+        ]
+        facts += [f"camkernels {machine['camkernels']} at commit {machine['commit']}", machine["date"]]
+        copies = [each.mine["copy_bytes_per_second"] / 1e9 for each in measured]
+        if copies:
+            facts.append(f"copy {min(copies):.1f} to {max(copies):.1f} GB/s")
+        facts.append(f"matrix product {machine['matrix_flops_per_second'] / 1e12:.2f} TFLOP/s")
+        if machine.get("freed_memory_kept"):
+            facts.append("freed memory kept in the process")
+        lines += [f"`{op}`: {', '.join(facts)}.", ""]
+        if op in plots:
+            lines += [f"![{op} on {content['name']}: time of each provider over the floor]({plots[op]})", ""]
+        lines += full_table(measured)
+    return lines
+
+
+def full_table(measured: Sequence[Measurement]) -> list[str]:
+    header = (
+        "row", "N", "variant", "pass", "provider", "ms", "quartiles", "floor ms", "x floor", "speed-up",
+        "peak extra MiB", "outputs + gradients MiB", "launches", "host µs",
+    )  # fmt: skip
+    rows = []
+    for each in measured:
+        for name, row in each.providers.items():
+            images = str(row["shape"]["N"])
+            if row["shape"]["N"] != row["full_images"]:
+                images += f" (of {row['full_images']})"
+            peak = row["peak_extra_bytes"]
+            label = f"{name} ({row['backend']})" if name == MINE else name
+            rows.append(
+                (
+                    row["id"] if row["dtype"] == "float32" else f"{row['id']} {row['dtype']}",
+                    images,
+                    row["variant"],
+                    row["direction"],
+                    label,
+                    f"{row['seconds'] * 1e3:.3f}",
+                    f"{row['seconds_low'] * 1e3:.3f} - {row['seconds_high'] * 1e3:.3f}",
+                    f"{row['floor_seconds'] * 1e3:.3f} ({row['floor_bound']})",
+                    f"{row['seconds'] / row['floor_seconds']:.2f}",
+                    f"**{each.speed_up:.2f}**" if name == MINE else "",
+                    "-" if peak is None else f"{peak / 2**20:.1f}",
+                    f"{row['result_bytes'] / 2**20:.1f}",
+                    str(row["launches"]),
+                    f"{row['host_seconds'] * 1e6:.1f}",
+                )
+            )
+    return table(header, rows)
+
+
+def plot(measured: Sequence[Measurement], title: str, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    colours = {"eager": "#9aa5b1", "compile": "#5b8fc7", TUNED: "#2f5d92", MINE: "#d9632b"}
+    directions = list(dict.fromkeys(each.mine["direction"] for each in measured))
+    figure, axes = pyplot.subplots(len(directions), 1, figsize=(11, 3.4 * len(directions)), squeeze=False)
+    for axis, direction in zip(axes[:, 0], directions, strict=True):
+        shown = [each for each in measured if each.mine["direction"] == direction]
+        providers = [name for name in colours if any(name in each.providers for each in shown)]
+        width = 0.8 / len(providers)
+        for index, provider in enumerate(providers):
+            rows = [
+                (place, each.providers[provider])
+                for place, each in enumerate(shown)
+                if provider in each.providers
+            ]
+            places = [place + (index - (len(providers) - 1) / 2) * width for place, _ in rows]
+            heights = [row["seconds"] / row["floor_seconds"] for _, row in rows]
+            bars = axis.bar(places, heights, width, label=provider, color=colours[provider])
+            if provider == MINE:
+                axis.bar_label(bars, fmt="%.1f", fontsize=7)
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_yscale("log")
+        axis.set_ylabel("time / floor")
+        axis.set_title(direction, fontsize=10)
+        labels = [f"{each.mine['id']}\n{each.mine['variant']}" for each in shown]
+        axis.set_xticks(range(len(shown)), labels, fontsize=7)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].legend(fontsize=8, frameon=False, ncols=len(colours))
+    figure.suptitle(title, fontsize=11)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120, metadata={"Software": None})  # the same bytes for the same numbers
+    pyplot.close(figure)
+
+
+def write(results: Path, readme: Path, notes: Path) -> None:
+    """Put tables and plots of all result files between the marks in ``readme``."""
+    files = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
+    for slug, content in files.items():
+        if content["schema"] != SCHEMA:
+            raise ValueError(f"{slug}: schema is {content['schema']}; this report reads {SCHEMA}")
+    lines = ["", *targets_table()]
+    if files:
+        causes = tomllib.loads(notes.read_text()) if notes.exists() else {}
+        lines += ["## Summary", "", *summary(files, causes), "## Tables", ""]
+    else:
+        lines += ["No results have been written yet.", ""]
+    for slug, content in files.items():
+        plots = {}
+        for op, run in content["runs"].items():
+            measured = measurements(op, content["device"], run["rows"])
+            if measured:
+                path = results / f"{slug}-{op}.png"
+                plot(measured, f"{op} on {content['name']}, time over the floor (lower is better)", path)
+                plots[op] = path.relative_to(readme.parent).as_posix()
+        lines += device_section(slug, content, plots)
+    before, begin, rest = readme.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{readme.name}: the marks {BEGIN} and {END} are missing")
+    readme.write_text(before + begin + "\n" + "\n".join(lines) + "\n" + end + after)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--readme", type=Path, default=HERE / "README.md")
+    parser.add_argument("--notes", type=Path, default=HERE / "notes.toml")
+    options = parser.parse_args()
+    write(options.results, options.readme, options.notes)
+
+
+if __name__ == "__main__":
+    main()

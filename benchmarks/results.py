@@ -1,0 +1,130 @@
+"""The one schema of all results: a file per device, in it a run per op, in it a row per measured call.
+
+    {"schema": 1, "device": "cpu" | "cuda", "name": "AMD EPYC",
+     "runs": {"fused_cam_erase": {"machine": {...}, "rows": [{...}, ...]}}}
+
+A row has the keys of ``Row``. What follows from a row (ratio to the floor, speed-up) is not stored but
+computed by ``report.py``.
+"""
+
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import camkernels
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Row:
+    id: str  # of workloads.json
+    variant: str
+    direction: str  # "forward" or "forward+backward"
+    dtype: str  # of the features
+    shape: dict[str, Any]  # the row of workloads.json with the N that ran
+    full_images: int  # the row's own N
+    provider: str
+    backend: str  # what answered: a backend of camkernels, or "torch"
+    seconds: float
+    seconds_low: float  # first and third quartile
+    seconds_high: float
+    rounds: int
+    peak_extra_bytes: int | None  # None where it cannot be told: CUDA graphs keep their pool
+    result_bytes: int  # outputs, and gradients where there are any
+    launches: int  # device kernels, copies and fills; on the CPU dispatched operators
+    host_seconds: float  # until the call returns; on the CPU of a call on tiny tensors
+    floor_bytes: int
+    floor_flops: int
+    floor_seconds: float
+    floor_bound: str  # "bytes" or "flops"
+    copy_bytes_per_second: float  # measured between this row's rounds
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def slug(device: str, name: str) -> str:
+    words = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return f"cpu-{words}" if device == "cpu" else words
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Where and with what a run was made; no host name, no path."""
+    information: dict[str, Any] = {
+        "device": device_name(device),
+        "cpu": device_name(torch.device("cpu")),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "camkernels": camkernels.__version__,
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    }
+    if device.type == "cuda":
+        information["cuda"] = torch.version.cuda or torch.version.hip
+    return information
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit, with ``+`` where tracked files of the package differ from it."""
+    if "CAMKERNELS_COMMIT" in os.environ:  # for a copy of the tree without its history
+        return os.environ["CAMKERNELS_COMMIT"]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parents[1]), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changes = git("status", "--porcelain", "--untracked-files=no", "--", "camkernels", "csrc")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changes else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def save(
+    folder: Path, device: torch.device, op: str, information: dict[str, Any], rows: Sequence[Row]
+) -> Path:
+    """Put one op's run into the device's file, in place of that op's run before."""
+    name = device_name(device)
+    path = folder / f"{slug(device.type, name)}.json"
+    kept = load(path)["runs"] if path.exists() else {}
+    runs = {**kept, op: {"machine": information, "rows": [asdict(row) for row in rows]}}
+    content = {"schema": SCHEMA, "device": device.type, "name": name, "runs": dict(sorted(runs.items()))}
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    return path
+
+
+def load(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text())
+    if content.get("schema") != SCHEMA:
+        raise ValueError(f"{path.name}: schema is {content.get('schema')!r}; this report reads {SCHEMA}")
+    return content
