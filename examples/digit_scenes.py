@@ -1,0 +1,243 @@
+"""Digit scenes: several handwritten digits of one class scattered over a real photograph.
+
+Digits and photographs are those that scikit-learn ships, so nothing is downloaded. A scene has no centre:
+its class is written three to five times, in other sizes, colours and places, among pieces of other digits.
+``image_folder`` gives one's own images the same form.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from sklearn.datasets import load_digits, load_sample_images
+from torch import Tensor
+
+SIZE = 96
+INSTANCES = (3, 5)
+FRAGMENTS = (1, 3)
+DIGIT_SIZE = (20, 32)
+CONTRAST = (100.0, 170.0)  # of a digit to what lies below it, in grey levels
+TEST_SHARE = 0.25
+# Photographs are split between training and test by their columns, as the digits are by instance.
+TEST_COLUMNS = 0.3
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom; right and bottom are the first pixel outside
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """Labelled images; ``boxes`` and ``sources`` only where the scenes were composed here."""
+
+    images: Tensor  # [N, 3, SIZE, SIZE] uint8
+    labels: Tensor  # [N] int64
+    classes: tuple[str, ...]
+    boxes: tuple[tuple[Box, ...], ...] | None = None
+    sources: tuple[tuple[int, ...], ...] | None = None  # which digits of load_digits, fragments included
+
+
+class Scene(NamedTuple):
+    image: NDArray[np.uint8]  # [SIZE, SIZE, 3]
+    ink: NDArray[np.float32]  # [SIZE, SIZE], opacity of the instances, 0 where there is none
+    boxes: tuple[Box, ...]
+
+
+def digit_scenes(train: int, test: int, seed: int) -> tuple[Scenes, Scenes]:
+    """``train`` and ``test`` scenes that share neither a source digit nor a part of a photograph."""
+    digits = load_digits()
+    pixels = (digits.images / digits.images.max()).astype(np.float32)  # [1797, 8, 8]
+    photographs = load_sample_images().images
+    rng = np.random.default_rng(seed)
+    train_digits, test_digits = _split(digits.target, rng)
+    cut = [round(photo.shape[1] * (1 - TEST_COLUMNS)) for photo in photographs]
+    train_photos = [photo[:, :column] for photo, column in zip(photographs, cut, strict=True)]
+    test_photos = [photo[:, column:] for photo, column in zip(photographs, cut, strict=True)]
+    train_rng, test_rng = rng.spawn(2)
+    return (
+        _compose(train, pixels, digits.target, train_digits, train_photos, train_rng),
+        _compose(test, pixels, digits.target, test_digits, test_photos, test_rng),
+    )
+
+
+def _split(
+    labels: NDArray[np.int64], rng: np.random.Generator
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Indices for training and for test, the same share of every class in both."""
+    train, test = [], []
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        count = max(1, round(len(members) * TEST_SHARE))
+        test.append(members[:count])
+        train.append(members[count:])
+    return np.concatenate(train), np.concatenate(test)
+
+
+def _compose(
+    count: int,
+    pixels: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    allowed: NDArray[np.int64],
+    photographs: Sequence[NDArray[np.uint8]],
+    rng: np.random.Generator,
+) -> Scenes:
+    classes = np.unique(labels)
+    scene_labels = rng.permutation(np.arange(count) % len(classes))
+    scenes, sources = [], []
+    for label in scene_labels:
+        same = allowed[labels[allowed] == classes[label]]
+        other = allowed[labels[allowed] != classes[label]]
+        instances = rng.choice(same, rng.integers(*INSTANCES, endpoint=True), replace=False)
+        fragments = rng.choice(other, rng.integers(*FRAGMENTS, endpoint=True), replace=False)
+        background = crop_background(photographs[int(rng.integers(len(photographs)))], rng)
+        scenes.append(draw_scene(background, pixels[instances], pixels[fragments], rng))
+        sources.append(tuple(int(i) for i in (*instances, *fragments)))
+    images = np.stack([scene.image for scene in scenes]) if scenes else np.zeros((0, SIZE, SIZE, 3), np.uint8)
+    return Scenes(
+        images=torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
+        labels=torch.from_numpy(scene_labels.astype(np.int64)),
+        classes=tuple(str(name) for name in classes),
+        boxes=tuple(scene.boxes for scene in scenes),
+        sources=tuple(sources),
+    )
+
+
+def crop_background(photograph: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+    """A square piece of the photograph, mirrored or not, lighter or darker: [SIZE, SIZE, 3]."""
+    side = rng.integers(SIZE, 2 * SIZE, endpoint=True)
+    side = min(side, *photograph.shape[:2])
+    top = rng.integers(photograph.shape[0] - side, endpoint=True)
+    left = rng.integers(photograph.shape[1] - side, endpoint=True)
+    piece = photograph[top : top + side, left : left + side]
+    if rng.random() < 0.5:
+        piece = piece[:, ::-1]
+    resized = np.asarray(
+        Image.fromarray(np.ascontiguousarray(piece)).resize((SIZE, SIZE), Image.Resampling.BOX)
+    )
+    scaled = rng.uniform(0.6, 1.0) * (resized - 127.5) + 127.5 + rng.uniform(-30, 30)
+    return scaled.clip(0, 255).astype(np.uint8)
+
+
+def draw_scene(
+    background: NDArray[np.uint8],
+    instances: NDArray[np.float32],
+    fragments: NDArray[np.float32],
+    rng: np.random.Generator,
+) -> Scene:
+    """Write ``instances`` [K, 8, 8] apart from one another, over ``fragments`` [F, 8, 8] cut from digits."""
+    canvas = background.astype(np.float32)  # [SIZE, SIZE, 3]
+    for digit in fragments:
+        piece = _cut(_shape(digit, rng, scale=1.0), rng)
+        height, width = piece.shape
+        left, top = rng.integers(SIZE - width, endpoint=True), rng.integers(SIZE - height, endpoint=True)
+        _write(canvas, piece, left, top, rng)
+    ink = np.zeros((SIZE, SIZE), np.float32)
+    boxes: list[Box] = []
+    for digit in instances:
+        shape, left, top = _place(digit, boxes, rng)
+        height, width = shape.shape
+        _write(canvas, shape, left, top, rng)
+        ink[top : top + height, left : left + width] += shape
+        boxes.append((left, top, left + width, top + height))
+    noisy = canvas + rng.normal(0, 4, canvas.shape)
+    return Scene(noisy.round().clip(0, 255).astype(np.uint8), ink, tuple(boxes))
+
+
+def _shape(digit: NDArray[np.float32], rng: np.random.Generator, scale: float) -> NDArray[np.float32]:
+    """The digit's opacity at a random size and slant, cut to its ink: [height, width]."""
+    side = max(8, round(rng.integers(*DIGIT_SIZE, endpoint=True) * scale))
+    image = Image.fromarray(digit).resize((side, side), Image.Resampling.BICUBIC)
+    image = image.rotate(rng.uniform(-15, 15), Image.Resampling.BICUBIC, expand=True)
+    opacity = np.asarray(image).clip(0, 1)
+    opacity = np.where(opacity > 0.1, opacity, 0).astype(np.float32)  # bicubic leaves a faint rim
+    rows, columns = np.flatnonzero(opacity.any(1)), np.flatnonzero(opacity.any(0))
+    return opacity[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+def _cut(shape: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
+    """The half of a digit on one of its four sides."""
+    height, width = shape.shape
+    halves = (shape[: height // 2], shape[height // 2 :], shape[:, : width // 2], shape[:, width // 2 :])
+    possible = [half for half in halves if half.size]
+    return possible[rng.integers(len(possible))]
+
+
+def _place(
+    digit: NDArray[np.float32], taken: Sequence[Box], rng: np.random.Generator
+) -> tuple[NDArray[np.float32], int, int]:
+    """The digit's opacity, left and top, clear of the boxes already taken."""
+    scale = 1.0
+    while True:
+        shape = _shape(digit, rng, scale)
+        height, width = shape.shape
+        for _ in range(20):
+            left = int(rng.integers(SIZE - width, endpoint=True))
+            top = int(rng.integers(SIZE - height, endpoint=True))
+            if all(
+                left + width <= x0 or left >= x1 or top + height <= y0 or top >= y1
+                for x0, y0, x1, y1 in taken
+            ):
+                return shape, left, top
+        scale *= 0.9  # a smaller digit finds room sooner or later
+
+
+def _write(
+    canvas: NDArray[np.float32], shape: NDArray[np.float32], left: int, top: int, rng: np.random.Generator
+) -> None:
+    """Blend a random colour into the canvas, at least somewhat lighter or darker than what lies below."""
+    height, width = shape.shape
+    below = canvas[top : top + height, left : left + width]  # a view: the canvas itself is written to
+    brightness = below.mean()
+    lighter = brightness < 90 or (brightness < 165 and rng.random() < 0.5)
+    difference = rng.uniform(*CONTRAST) * (1 if lighter else -1)
+    colour = brightness + difference + rng.uniform(-45, 45, 3)
+    opacity = shape[..., None] * rng.uniform(0.7, 1.0)
+    below += opacity * (colour.clip(0, 255).astype(np.float32) - below)
+
+
+def image_folder(root: Path, seed: int) -> tuple[Scenes, Scenes]:
+    """Training and test images from a folder with one subfolder of images per class.
+
+    Each image is scaled and its middle cut to SIZE x SIZE; a quarter of every class is kept for the test.
+
+    Raises:
+        ValueError: the folder lacks classes or images, or a file is no image; the message says which.
+    """
+    if not root.is_dir():
+        raise ValueError(f"{root} is not a folder")
+    folders = sorted(path for path in root.iterdir() if path.is_dir())
+    if len(folders) < 2:
+        raise ValueError(f"{root} has {len(folders)} class folders; at least 2 are needed")
+    images, labels = [], []
+    for label, folder in enumerate(folders):
+        files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+        if len(files) < 2:
+            raise ValueError(
+                f"{folder} has {len(files)} images ({', '.join(SUFFIXES)}); at least 2 are needed"
+            )
+        images += [_read(path) for path in files]
+        labels += [label] * len(files)
+    pixels, targets = np.stack(images), np.array(labels)
+    parts = _split(targets, np.random.default_rng(seed))
+    train, test = (
+        Scenes(
+            images=torch.from_numpy(pixels[part]).permute(0, 3, 1, 2).contiguous(),
+            labels=torch.from_numpy(targets[part]),
+            classes=tuple(folder.name for folder in folders),
+        )
+        for part in parts
+    )
+    return train, test
+
+
+def _read(path: Path) -> NDArray[np.uint8]:
+    try:
+        with Image.open(path) as image:
+            fitted = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (SIZE, SIZE))
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+    return np.asarray(fitted)
