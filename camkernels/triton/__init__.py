@@ -1,0 +1,6 @@
+"""Kernels for GPUs that Triton serves; one launcher per op, under the op's name."""
+
+from camkernels.triton.cam import cam_bwd, cam_fwd
+from camkernels.triton.cam_erase import cam_erase_bwd, cam_erase_fwd
+
+__all__ = ["cam_bwd", "cam_erase_bwd", "cam_erase_fwd", "cam_fwd"]

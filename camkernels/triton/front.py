@@ -1,0 +1,131 @@
+"""Device functions that the kernels share, and the guard under which launchers start them."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+HALF_TYPES = (torch.float16, torch.bfloat16)
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Make the tensor's device the current one for a launch; nothing to do where it is already."""
+    if tensor.device.type == "cpu" or tensor.device.index == torch.accelerator.current_device_index():
+        return nullcontext()
+    return torch.accelerator.device_index(tensor.device.index)
+
+
+def power_of_two(value: int, low: int, high: int) -> int:
+    """The smallest power of two that is at least ``value``, held between two powers of two."""
+    return min(max(triton.next_power_of_2(value), low), high)
+
+
+def channel_strides(tensor: Tensor) -> tuple[int, int]:
+    """Strides of channel and pixel of a dense ``[N, C, H, W]``; an image is C * H * W apart in both layouts."""
+    _, channels, height, width = tensor.shape
+    if channels > 1 and tensor.stride(1) == 1:
+        return 1, channels
+    return height * width, 1
+
+
+@triton.jit
+def class_of(target_ptr, map_index, maps, classes, mask=None):
+    """Class of the map ``n * K + k``, and whether there is such a class.
+
+    An index out of range becomes 0, so that whoever reads its row stays in bounds; the map becomes NaN.
+    """
+    if target_ptr is None:
+        label = (map_index % maps).to(tl.int64)
+    else:
+        label = tl.load(target_ptr + map_index, mask=mask).to(tl.int64)
+    exists = (label >= 0) & (label < classes)
+    return tl.where(exists, label, 0), exists
+
+
+@triton.jit
+def channel_sum(features_ptr, row_ptr, pixel, inside, channels, stride_c, stride_p, BLOCK_C: tl.constexpr):
+    """Weighted sum over channels at the pixels ``pixel`` [P], in float32."""
+    channel = tl.arange(0, BLOCK_C)
+    pointers = features_ptr + channel[:, None].to(tl.int64) * stride_c + pixel[None, :].to(tl.int64) * stride_p
+    # One sum per channel of the block: no reduction across threads until the last channel is read.
+    sums = tl.zeros([BLOCK_C, pixel.shape[0]], tl.float32)
+    for start in range(0, channels, BLOCK_C):
+        present = start + channel < channels
+        weight = tl.load(row_ptr + start + channel, mask=present, other=0.0).to(tl.float32)  # [BLOCK_C]
+        values = tl.load(pointers, mask=present[:, None] & inside[None, :], other=0.0)  # [BLOCK_C, P]
+        sums += weight[:, None] * values.to(tl.float32)
+        pointers += tl.cast(stride_c, tl.int64) * BLOCK_C
+    return tl.sum(sums, 0)
+
+
+@triton.jit
+def extrema(values, inside, AXIS: tl.constexpr):
+    """Minimum and maximum along an axis of the lanes inside; a NaN wins, as in ``torch.amin``."""
+    isnan = inside & (values != values)
+    counted = inside & (values == values)
+    low = tl.min(tl.where(counted, values, float("inf")), AXIS)
+    high = tl.max(tl.where(counted, values, float("-inf")), AXIS)
+    poisoned = tl.max(isnan.to(tl.int32), AXIS) > 0
+    return tl.where(poisoned, float("nan"), low), tl.where(poisoned, float("nan"), high)
+
+
+@triton.jit
+def merge_extrema(low, high, other_low, other_high):
+    low = tl.where((low != low) | (low < other_low), low, other_low)
+    high = tl.where((high != high) | (high > other_high), high, other_high)
+    return low, high
+
+
+@triton.jit
+def normalise(values, low, high, eps):
+    """Min-max normalised values; see csrc/shared/min_max.h."""
+    span = high - low
+    # span <= eps rather than not (span > eps): a NaN span must reach the division and stay NaN.
+    flat = span <= eps
+    # div_rn: a plain division may be off by a bit, and the maximum would miss 1.
+    scaled = tl.div_rn(values - low, tl.where(flat, 1.0, span))
+    # Only the extrema become 0 and 1, so that the backward pass finds the ties in the normalised map.
+    scaled = tl.where((scaled < 1.1754943508222875e-38) & (values != low), 1.1754943508222875e-38, scaled)
+    scaled = tl.where((scaled > 0.999999940395355225) & (values != high), 0.999999940395355225, scaled)
+    return tl.where(flat, 0.0, scaled)
+
+
+@triton.jit
+def taps(index, scale, size, NEAREST: tl.constexpr):
+    """The two cells that an output index reads, and the weight of the second; see csrc/shared/taps.h."""
+    if NEAREST:
+        source = index * scale
+        low = tl.minimum(source.to(tl.int32), size - 1)
+        high = low
+        weight = tl.zeros_like(source)
+    else:
+        source = tl.maximum((index + 0.5) * scale - 0.5, 0.0)
+        low = tl.minimum(source.to(tl.int32), size - 1)
+        high = tl.minimum(low + 1, size - 1)
+        weight = tl.minimum(source - low.to(tl.float32), 1.0)
+    return low, high, weight
+
+
+@triton.jit
+def resample(low, high, weight):
+    # Of this form a plateau keeps its own value, contracted to a fused multiply-add or not.
+    return low + weight * (high - low)
+
+
+@triton.jit
+def upsample(map_ptr, map_width, low_y, high_y, weight_y, low_x, high_x, weight_x):
+    """The map [H, W] at rows [R] and columns [P]: [R, P]."""
+    upper_ptr = map_ptr + low_y.to(tl.int64)[:, None] * map_width
+    lower_ptr = map_ptr + high_y.to(tl.int64)[:, None] * map_width
+    upper = resample(tl.load(upper_ptr + low_x[None, :]), tl.load(upper_ptr + high_x[None, :]), weight_x[None, :])
+    lower = resample(tl.load(lower_ptr + low_x[None, :]), tl.load(lower_ptr + high_x[None, :]), weight_x[None, :])
+    return resample(upper, lower, weight_y[:, None])
+
+
+@triton.jit
+def sigmoid(values):
+    # exp of a number that is never positive cannot overflow.
+    small = tl.exp(-tl.abs(values))
+    return tl.div_rn(tl.where(values >= 0, 1.0, small), 1.0 + small)
