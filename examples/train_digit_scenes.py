@@ -11,6 +11,7 @@ Both runs start from the same weights and see the same batches. Tables are print
 import argparse
 import copy
 import json
+import os
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -22,9 +23,9 @@ import matplotlib
 import sklearn
 import torch
 from digit_scenes import SIZE, Scenes, digit_scenes, image_folder
+from findings import Column, Evaluation, erase_table, results_table, save_grid, sentences
 from methods import METHODS, CamSource, CrossEntropy, Method
 from network import Network
-from report import Column, Evaluation, erase_table, findings, results_table, save_grid
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from torch import Tensor
@@ -32,6 +33,7 @@ from torch import Tensor
 import camkernels
 from camkernels import focus_area, fused_cam, fused_cam_erase
 
+BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 FUSED_BACKENDS = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}
 PICTURE_ROWS = 5
 WARM_UP = 3
@@ -41,9 +43,16 @@ class Standardise:
     """uint8 images to float, with mean 0 and deviation 1 for each colour of the training images."""
 
     def __init__(self, images: Tensor, device: torch.device) -> None:
-        values = images.double() / 255
-        self.mean = values.mean((0, 2, 3)).float().view(3, 1, 1).to(device)
-        self.deviation = values.std((0, 2, 3)).clamp_min(1e-3).float().view(3, 1, 1).to(device)
+        total, squares = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+        for part in torch.split(images, 256):  # in parts: all of them in float64 would take gigabytes
+            values = part.double() / 255
+            total += values.sum((0, 2, 3))
+            squares += values.square().sum((0, 2, 3))
+        count = images.numel() // 3
+        mean = total / count
+        deviation = (squares / count - mean.square()).clamp_min(1e-6).sqrt()
+        self.mean = mean.float().view(3, 1, 1).to(device)
+        self.deviation = deviation.float().view(3, 1, 1).to(device)
 
     def __call__(self, images: Tensor) -> Tensor:
         scaled = images.to(self.mean.device).float() / 255
@@ -61,7 +70,7 @@ def synchronize(device: torch.device) -> None:
 
 def batches(count: int, size: int, generator: torch.Generator) -> list[Tensor]:
     """Shuffled indices; a last batch of one image is left out, batch normalisation cannot take it."""
-    parts = torch.randperm(count, generator=generator).split(size)
+    parts = torch.split(torch.randperm(count, generator=generator), size)
     return [part for part in parts if len(part) > 1]
 
 
@@ -112,7 +121,7 @@ def evaluate(
     network.eval()
     method.eval()
     predictions, correct_erased, masks, coverages, erased = [], [], [], [], []
-    for pixels, labels in zip(scenes.images.split(256), scenes.labels.split(256), strict=True):
+    for pixels, labels in zip(torch.split(scenes.images, 256), torch.split(scenes.labels, 256), strict=True):
         images = standardise(pixels)
         activations = network.activations(images)
         prediction = network.classifier(activations.pooled).argmax(1)
@@ -250,9 +259,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--device", type=device, default="cpu", help="cpu, cuda, cuda:1, xpu")
     add(
         "--backend",
-        choices=("auto", "reference", "cpu", "triton", "cuda"),
-        default="auto",
-        help="of camkernels",
+        choices=BACKENDS,
+        default=os.environ.get("CAMKERNELS_BACKEND", "auto"),
+        help="of camkernels; CAMKERNELS_BACKEND where it is set",
     )
     add("--repeats", type=positive, default=50, help="timed calls of the erase for each backend")
     add("--output", type=Path, default=Path("demo"), metavar="DIR", help="for scenes.png and results.json")
@@ -260,10 +269,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.batch_size < 2:
         parser.error("argument --batch-size: 1 is not at least 2, which batch normalisation needs")
     try:
-        camkernels.use_backend(options.backend)
-        small = torch.zeros(1, 1, 1, 1, device=options.device)
-        fused_cam(small, small)
-    except RuntimeError as error:
+        with camkernels.use_backend(options.backend):
+            small = torch.zeros(1, 1, 1, 1, device=options.device)
+            fused_cam(small, small)
+    except (RuntimeError, ValueError) as error:
         parser.error(f"argument --backend: {error}")
     if options.data is not None and not options.data.is_dir():
         parser.error(f"argument --data: {options.data} is not a folder")
@@ -271,9 +280,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    began, began_cpu = time.perf_counter(), time.process_time()
     options = parse(arguments)
-    console = Console()
+    with camkernels.use_backend(options.backend):
+        compare(options, Console())
+
+
+def compare(options: argparse.Namespace, console: Console) -> None:
+    """Train both ways, then measure, print and write what came of it."""
+    began, began_cpu = time.perf_counter(), time.process_time()
     if options.data is None:
         with console.status("Composing digit scenes"):
             train_scenes, test_scenes = digit_scenes(options.train_scenes, options.test_scenes, options.seed)
@@ -326,11 +340,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             erase_ms = time_erase(source, prediction, images, options)
             shapes = f"features {list(source.features.shape)}, images {list(images.shape)}"
 
-    sentences = findings(method.title, evaluations["baseline"], evaluations[options.method], erase_ms)
+    findings = sentences(method.title, evaluations["baseline"], evaluations[options.method], erase_ms)
     console.print(results_table(runs))
     if erase_ms:
         console.print(erase_table(erase_ms))
-    for sentence in sentences:
+    for sentence in findings:
         console.print(sentence, highlight=False)
 
     options.output.mkdir(parents=True, exist_ok=True)
@@ -343,7 +357,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "runs": runs,
         "erase_ms": erase_ms,
         "erase_shapes": shapes,
-        "findings": sentences,
+        "findings": findings,
         "images": {"train": len(train_scenes.labels), "test": len(test_scenes.labels)},
         "classes": list(train_scenes.classes),
         "parameters": sum(p.numel() for p in start.parameters()),

@@ -72,7 +72,9 @@ def erase_table(milliseconds: Mapping[str, float]) -> Table:
     return table
 
 
-def findings(title: str, baseline: Evaluation, other: Evaluation, erase_ms: Mapping[str, float]) -> list[str]:
+def sentences(
+    title: str, baseline: Evaluation, other: Evaluation, erase_ms: Mapping[str, float]
+) -> list[str]:
     """Plain sentences; each verdict follows from the numbers in it."""
     coverage, coverage_verdict = _compare("Focus-area coverage", baseline.coverage, other.coverage)
     top1, top1_verdict = _compare("Top-1", baseline.correct.double(), other.correct.double())
