@@ -10,11 +10,13 @@ from torch import Tensor
 
 from camkernels.triton.front import (
     HALF_TYPES,
+    INTERPRETED,
     channel_strides,
     channel_sum,
     class_of,
     extrema,
     merge_extrema,
+    narrow,
     normalise,
     on_device_of,
     power_of_two,
@@ -28,7 +30,7 @@ WHOLE_MAP = 256
 
 @triton.jit
 def store_map(cam_ptr, cam32_ptr, offset, values, inside):
-    tl.store(cam_ptr + offset, values, mask=inside)
+    tl.store(cam_ptr + offset, narrow(values, cam_ptr.dtype.element_ty), mask=inside)
     if cam32_ptr is not None:
         tl.store(cam32_ptr + offset, values, mask=inside)
 
@@ -153,7 +155,7 @@ def cam_product_fwd_kernel(
         present = start + channel < channels
         weight = tl.load(weight_ptrs, mask=wanted[:, None] & present[None, :], other=0.0)  # [BLOCK_K, BLOCK_C]
         values = tl.load(features_ptrs, mask=present[:, None] & inside[None, :], other=0.0)  # [BLOCK_C, BLOCK_P]
-        if not HALF:
+        if INTERPRETED or not HALF:  # the interpreter has no product of bfloat16
             weight = weight.to(tl.float32)
             values = values.to(tl.float32)
         sums = tl.dot(weight, values, sums, input_precision="ieee")
@@ -273,6 +275,7 @@ def cam_bwd_kernel(
                 grad_raw = tl.load(grad_raw_ptr + k * pixels + pixel, mask=inside, other=0.0).to(tl.float32)
                 grad += weight[:, None] * grad_raw[None, :]
             offset = offset_c + pixel[None, :].to(tl.int64) * stride_p
+            grad = narrow(grad, grad_features_ptr.dtype.element_ty)
             tl.store(grad_features_ptr + offset, grad, mask=present[:, None] & inside[None, :])
     if rows_ptr is not None:
         for k in range(0, maps):
@@ -327,6 +330,7 @@ def cam_weight_bwd_kernel(
     channel = program % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     present = channel < channels
     row = class_sum(rows_ptr, target_ptr, label, images, maps, classes, channel, present, channels, BLOCK_M)
+    row = narrow(row, grad_weight_ptr.dtype.element_ty)
     tl.store(grad_weight_ptr + label * channels + channel, row, mask=present)
 
 
@@ -387,9 +391,9 @@ def cam_product_features_bwd_kernel(
         grad_raw = tl.load(grad_ptrs, mask=wanted[:, None] & inside[None, :], other=0.0)  # [BLOCK_K, BLOCK_P]
         grad = tl.dot(weight, grad_raw.to(tl.float32), grad, input_precision="ieee")
     offset = channel[:, None].to(tl.int64) * stride_c + pixel[None, :].to(tl.int64) * stride_p
-    tl.store(
-        grad_features_ptr + image * channels * pixels + offset, grad, mask=present[:, None] & inside[None, :]
-    )
+    grad_features_ptr += image * channels * pixels
+    grad = narrow(grad, grad_features_ptr.dtype.element_ty)
+    tl.store(grad_features_ptr + offset, grad, mask=present[:, None] & inside[None, :])
 
 
 @triton.jit
@@ -439,7 +443,7 @@ def cam_product_weight_bwd_kernel(
             ).to(tl.float32)  # [BLOCK_P, BLOCK_C]
             sums = tl.dot(grad, values, sums, input_precision="ieee")
     grad_ptrs = grad_weight_ptr + label[:, None] * channels + channel[None, :]
-    tl.store(grad_ptrs, sums, mask=known[:, None] & present[None, :])
+    tl.store(grad_ptrs, narrow(sums, grad_weight_ptr.dtype.element_ty), mask=known[:, None] & present[None, :])
 
 
 def launch_cam_fwd(

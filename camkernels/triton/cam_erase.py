@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from camkernels.triton.cam import launch_cam_fwd
-from camkernels.triton.front import channel_strides, on_device_of, power_of_two, resample, sigmoid, taps, upsample
+from camkernels.triton.front import channel_strides, narrow, on_device_of, power_of_two, sigmoid, taps, upsample
 
 
 @triton.jit
@@ -59,10 +59,10 @@ def erase_kernel(
     gate = sigmoid(sharpness * (heat - threshold))
     offset = image * planes * height * length + y.to(tl.int64)[:, None] * length + column[None, :]
     for plane in range(0, planes):
-        colour = fill_of(fill, plane + column[None, :] % GROUP).to(images_ptr.dtype.element_ty)
+        colour = narrow(fill_of(fill, plane + column[None, :] % GROUP), images_ptr.dtype.element_ty)
         if SOFT:
             pixel = tl.load(images_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-            erased = pixel * (1.0 - gate) + colour.to(tl.float32) * gate
+            erased = narrow(pixel * (1.0 - gate) + colour.to(tl.float32) * gate, images_ptr.dtype.element_ty)
         else:
             pixel = tl.load(images_ptr + offset, mask=inside & ~above, other=0.0)
             erased = tl.where(above, colour, pixel)
@@ -133,10 +133,11 @@ def cam_erase_bwd_kernel(
         for plane in range(0, planes):
             grad = tl.load(grad_ptr + offset, mask=inside, other=0.0).to(tl.float32)
             pixel = tl.load(images_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-            colour = fill_of(fill, plane + column[None, :] % GROUP).to(images_ptr.dtype.element_ty)
+            colour = narrow(fill_of(fill, plane + column[None, :] % GROUP), images_ptr.dtype.element_ty)
             grad_gate += grad * (colour.to(tl.float32) - pixel)
             if grad_images_ptr is not None:
-                tl.store(grad_images_ptr + offset, grad * (1.0 - gate), mask=inside)
+                grad_pixel = narrow(grad * (1.0 - gate), grad_images_ptr.dtype.element_ty)
+                tl.store(grad_images_ptr + offset, grad_pixel, mask=inside)
             offset += tl.cast(height, tl.int64) * length
         grad_heat = tl.where(inside, grad_gate * (sharpness * gate * (1.0 - gate)), 0.0)
         upper_sum += grad_heat * (1.0 - weight_y)[:, None]

@@ -1,5 +1,6 @@
 """Device functions that the kernels share, and the guard under which launchers start them."""
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -8,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 HALF_TYPES = (torch.float16, torch.bfloat16)
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
@@ -28,6 +30,17 @@ def channel_strides(tensor: Tensor) -> tuple[int, int]:
     if channels > 1 and tensor.stride(1) == 1:
         return 1, channels
     return height * width, 1
+
+
+@triton.jit
+def narrow(values, dtype: tl.constexpr):
+    """float32 values in the type of the result, rounded to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        # Triton's interpreter truncates to bfloat16; on a GPU .to() rounds.
+        bits = values.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where(values == values, rounded, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return values.to(dtype)
 
 
 @triton.jit
