@@ -9,9 +9,10 @@ import harness
 import measure
 import pytest
 import results
+import schema
 import torch
 
-RESULTS = pytest.StashKey[dict[str, list[results.Row]]]()
+RESULTS = pytest.StashKey[dict[str, list[schema.Row]]]()
 PROVIDERS = ("eager", "compile", "compile-max-autotune", "camkernels")
 
 
@@ -58,7 +59,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def session(request: pytest.FixtureRequest) -> Iterator[harness.Session]:
     option = request.config.getoption
     device = torch.device(option("device"), 0) if option("device") == "cuda" else torch.device("cpu")
-    kept = device.type == "cpu" and option("allocator") == "keep" and measure.keep_freed_memory()
+    freed = measure.FreedMemory(keep=device.type == "cpu" and option("allocator") == "keep")
     default_seconds = 2.5 if device.type == "cpu" else 0.5
     session = harness.Session(
         device=device,
@@ -66,6 +67,7 @@ def session(request: pytest.FixtureRequest) -> Iterator[harness.Session]:
         wanted=set(option("providers").split(",")),
         seconds=default_seconds if option("seconds") is None else option("seconds"),
         max_images=option("max_images"),
+        freed=freed,
     )
     request.config.stash[RESULTS] = session.results
     yield session
@@ -73,7 +75,7 @@ def session(request: pytest.FixtureRequest) -> Iterator[harness.Session]:
         **results.machine(device),
         "last_level_cache_bytes": measure.last_level_cache(device),
         "matrix_flops_per_second": session.matrix_rate,
-        "freed_memory_kept": kept,
+        "freed_memory_kept": freed.kept,
     }
     if option("results") is not None:
         for op, rows in session.results.items():
@@ -83,8 +85,9 @@ def session(request: pytest.FixtureRequest) -> Iterator[harness.Session]:
 @pytest.fixture(scope="session")
 def case(request: pytest.FixtureRequest, session: harness.Session) -> Iterator[harness.Case]:
     op, row, variant = request.param
-    yield harness.Case(session, op, row, variant)
-    measure.clean_up(session.device)
+    case = harness.Case(session, op, row, variant)
+    yield case
+    case.release()
 
 
 @pytest.hookimpl(trylast=True)
@@ -97,6 +100,6 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
                 f"{row.id:16} {row.variant:6} {row.direction:17} {row.provider:21} {row.backend:10} "
                 f"N {row.shape['N']:4} {row.seconds * 1e3:9.3f} ms "
                 f"{row.seconds / row.floor_seconds:6.2f} x floor "
-                f"peak {peak:>8} of {row.result_bytes / 2**20:.1f} MiB  launches {row.launches:4} "
+                f"peak {peak:>8} of {row.result_bytes / 2**20:.1f} MiB  launches {row.launches or '-':>4} "
                 f"host {row.host_seconds * 1e6:7.1f} us  copy {row.copy_bytes_per_second / 1e9:.1f} GB/s"
             )

@@ -13,7 +13,7 @@ from typing import Any
 import measure
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
-from results import Row
+from schema import Row
 from torch import Tensor
 
 from camkernels import _backend
@@ -22,6 +22,7 @@ WORKLOADS = Path(__file__).with_name("workloads.json")
 DIRECTIONS = ("forward", "forward+backward")
 WorkloadRow = Mapping[str, Any]  # of workloads.json
 Tensors = tuple[Tensor, ...]
+WARM_UP = 3  # calls; a CUDA graph is recorded by the second
 MIN_ROUNDS, MAX_ROUNDS = 7, 60
 
 
@@ -113,6 +114,7 @@ class Session:
     wanted: set[str]
     seconds: float  # of timed rounds, per row and direction
     max_images: int | None
+    freed: measure.FreedMemory
     copy: measure.Copy = field(init=False)
     matrix_rate: float = field(init=False)
     results: dict[str, list[Row]] = field(default_factory=dict)
@@ -120,7 +122,6 @@ class Session:
 
     def __post_init__(self) -> None:
         self.copy = measure.Copy(self.device)
-        measure.matrix_rate(self.device, self.dtype)  # the first one warms up
         self.matrix_rate = measure.matrix_rate(self.device, self.dtype)
 
     def inputs(self, op: Op, row: WorkloadRow, variant: str, seed: int) -> Inputs:
@@ -153,7 +154,7 @@ class Case:
         self.full_images = row["N"]
         per_image = op.cost(row, variant, session.dtype, "forward").bytes // row["N"]
         images = min(row["N"], session.max_images or row["N"])
-        images = measure.images_that_fit(images, per_image, measure.available_memory(session.device))
+        images = measure.images_that_fit(images, per_image, measure.memory_of(session.device))
         self.row = {**row, "N": images}
         on_cpu = session.device.type == "cpu"
         self.tiny_host_seconds = session.tiny_host_seconds(op, variant) if on_cpu else {}
@@ -181,6 +182,13 @@ class Case:
                     raise AssertionError(f"{provider.name}: {error}") from error
             del found
 
+    def release(self) -> None:
+        """Free inputs and compiled code before the next case takes its own."""
+        self.sets.clear()
+        self.providers.clear()
+        measure.forget_compiled(self.session.device)
+        self.session.freed.give_back()
+
     def backend(self, provider: Provider) -> str:
         if provider.name != "camkernels":
             return "torch"
@@ -197,7 +205,7 @@ def run_case(benchmark: BenchmarkFixture, case: Case, direction: str) -> list[Ro
 
     spent, host = [], []
     for call in calls:
-        for _ in range(2 * len(case.sets)):
+        for _ in range(WARM_UP):
             start = measure.clock(device)
             result = call(next(sets))
             last = measure.clock(device) - start
@@ -223,6 +231,8 @@ def run_case(benchmark: BenchmarkFixture, case: Case, direction: str) -> list[Ro
 
     benchmark.pedantic(timed, setup=next_turn, rounds=rounds * len(calls), iterations=1)
     kept.clear()
+    if benchmark.stats is None:
+        raise RuntimeError("pytest-benchmark is disabled (by its option, or because xdist is active)")
     copies, *times = turns_of(benchmark.stats.stats.data, len(calls))
     bandwidth = session.copy.bytes / statistics.median(copies)
     cost = case.op.cost(case.row, case.variant, session.dtype, "forward")

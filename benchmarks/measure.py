@@ -1,8 +1,11 @@
 """What a call costs: the least it could, the memory it takes, the work it starts, the time it takes."""
 
+import ctypes
 import gc
 import json
+import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -49,10 +52,10 @@ def input_sets(set_bytes: int, cache_bytes: int) -> int:
     return 2 + 2 * cache_bytes // max(set_bytes, 1)
 
 
-def images_that_fit(images: int, bytes_per_image: int, available: int) -> int:
+def images_that_fit(images: int, bytes_per_image: int, memory: int) -> int:
     """The row's batch, halved until eager's intermediates and a float64 run fit in half of the memory."""
-    footprint = 24 * bytes_per_image  # eager holds several full-size maps, float64 doubles each
-    while images > 1 and images * footprint > available // 2:
+    footprint = 16 * bytes_per_image  # eager holds several full-size maps, float64 doubles each
+    while images > 1 and images * footprint > memory // 2:
         images //= 2
     return images
 
@@ -99,10 +102,13 @@ def peak_extra_bytes(call: Call, device: torch.device, events: Iterable[Mapping[
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def launches(events: Iterable[Mapping[str, Any]], device: torch.device) -> int:
-    """On a GPU the kernels, copies and fills that ran there; on the CPU the operators dispatched."""
+def launches(events: Iterable[Mapping[str, Any]], device: torch.device) -> int | None:
+    """On a GPU the kernels, copies and fills that ran there; on the CPU the operators dispatched.
+
+    None where the profiler may not look at the GPU (no permission, in some containers).
+    """
     if device.type == "cuda":
-        return sum(event.get("cat") in DEVICE_WORK for event in events)
+        return sum(event.get("cat") in DEVICE_WORK for event in events) or None
     return sum(event.get("cat") == "cpu_op" and "::" in event["name"] for event in events)
 
 
@@ -133,11 +139,10 @@ def last_level_cache(device: torch.device) -> int:
     return max((int(path.read_text().strip().removesuffix("K")) << 10 for path in sizes), default=32 << 20)
 
 
-def available_memory(device: torch.device) -> int:
+def memory_of(device: torch.device) -> int:
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 class Copy:
@@ -181,23 +186,26 @@ def clock(device: torch.device) -> Any:
     return DeviceInstant() if device.type == "cuda" else time.perf_counter()
 
 
-def keep_freed_memory() -> bool:
-    """Let glibc keep what is freed instead of handing it back to the system; True where that worked.
+class FreedMemory:
+    """Lets glibc keep what is freed, for the process to use again, instead of handing it to the system.
 
     Otherwise each large result is paid for with page faults, a cost of the system that no kernel can save
     and that PyTorch's tuning guide advises to avoid by another allocator.
     """
-    import ctypes
 
-    trim_threshold, mmap_max = -1, -4  # glibc's malloc.h
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):
-        return False
-    return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, -1))
+    def __init__(self, keep: bool) -> None:
+        trim_threshold, mmap_max = -1, -4  # glibc's malloc.h
+        self.libc: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
+        self.kept = keep and hasattr(self.libc, "mallopt")
+        if self.kept:
+            self.kept = bool(self.libc.mallopt(mmap_max, 0) and self.libc.mallopt(trim_threshold, -1))
+
+    def give_back(self) -> None:
+        if self.kept:
+            self.libc.malloc_trim(0)
 
 
-def clean_up(device: torch.device) -> None:
+def forget_compiled(device: torch.device) -> None:
     gc.collect()
     torch.compiler.reset()
     if device.type == "cuda":

@@ -1,7 +1,6 @@
 """Turns ``results/*.json`` into the tables and plots of ``README.md``: ``python benchmarks/report.py``."""
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Iterable, Sequence
@@ -9,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from schema import load
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
 HERE = Path(__file__).parent
-SCHEMA = 1
 BEGIN, END = "<!-- results: written by report.py -->", "<!-- end of results -->"
 MINE = "camkernels"
 TUNED = "compile-max-autotune"
@@ -24,7 +24,7 @@ FLOOR_LIMIT = {"cpu": 1.3, "cuda": 1.25}  # times the floor, in memory-bound row
 GEOMETRIC_MEAN = 2.0  # speed-up over the faster of eager and compile
 MEMORY_LIMIT = 1.05  # times outputs + gradients
 
-Row = dict[str, Any]  # as results.Row
+Row = dict[str, Any]  # as schema.Row
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ def full_table(measured: Sequence[Measurement]) -> list[str]:
                     f"**{each.speed_up:.2f}**" if name == MINE else "",
                     "-" if peak is None else f"{peak / 2**20:.1f}",
                     f"{row['result_bytes'] / 2**20:.1f}",
-                    str(row["launches"]),
+                    "-" if row["launches"] is None else str(row["launches"]),
                     f"{row['host_seconds'] * 1e6:.1f}",
                 )
             )
@@ -262,6 +262,7 @@ def plot(measured: Sequence[Measurement], title: str, path: Path) -> None:
                 axis.bar_label(bars, fmt="%.1f", fontsize=7)
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.set_ylabel("time / floor")
         axis.set_title(direction, fontsize=10)
         labels = [f"{each.mine['id']}\n{each.mine['variant']}" for each in shown]
@@ -276,10 +277,7 @@ def plot(measured: Sequence[Measurement], title: str, path: Path) -> None:
 
 def write(results: Path, readme: Path, notes: Path) -> None:
     """Put tables and plots of all result files between the marks in ``readme``."""
-    files = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
-    for slug, content in files.items():
-        if content["schema"] != SCHEMA:
-            raise ValueError(f"{slug}: schema is {content['schema']}; this report reads {SCHEMA}")
+    files = {path.stem: load(path) for path in sorted(results.glob("*.json"))}
     lines = ["", *targets_table()]
     if files:
         causes = tomllib.loads(notes.read_text()) if notes.exists() else {}

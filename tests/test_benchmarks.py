@@ -17,6 +17,7 @@ import harness  # noqa: E402
 import measure  # noqa: E402
 import report  # noqa: E402
 import results  # noqa: E402
+import schema  # noqa: E402
 
 CPU = torch.device("cpu")
 ROW = {"id": "toy", "N": 3, "C": 4, "HW": [5, 6], "L": 7, "image": [11, 12], "threshold": 0.7}
@@ -42,9 +43,9 @@ def test_input_sets_exceed_the_cache():
 
 
 def test_images_that_fit():
-    assert measure.images_that_fit(256, bytes_per_image=10, available=10**9) == 256
-    assert measure.images_that_fit(256, bytes_per_image=10, available=2 * 24 * 10 * 100) == 64
-    assert measure.images_that_fit(256, bytes_per_image=10, available=0) == 1
+    assert measure.images_that_fit(256, bytes_per_image=10, memory=10**9) == 256
+    assert measure.images_that_fit(256, bytes_per_image=10, memory=2 * 16 * 10 * 100) == 64
+    assert measure.images_that_fit(256, bytes_per_image=10, memory=0) == 1
 
 
 def test_peak_memory_of_a_known_call():
@@ -107,7 +108,7 @@ def run_toy(folder: Path) -> Path:
 def test_a_tiny_run_gives_rows_that_the_report_reads(tmp_path):
     content = json.loads(run_toy(tmp_path / "results").read_text())
     rows = content["runs"]["fused_cam_erase"]["rows"]
-    fields = {field.name for field in dataclasses.fields(results.Row)}
+    fields = {field.name for field in dataclasses.fields(schema.Row)}
     assert all(set(row) == fields for row in rows)
     assert {(row["variant"], row["direction"], row["provider"]) for row in rows} == {
         (variant, direction, provider)
@@ -124,7 +125,7 @@ def test_a_tiny_run_gives_rows_that_the_report_reads(tmp_path):
 
 
 def synthetic_row(provider: str, **changes: object) -> dict[str, object]:
-    row = results.Row(
+    row = schema.Row(
         id="toy",
         variant="hard",
         direction="forward",
@@ -223,10 +224,10 @@ def test_every_workload_has_an_id_of_its_own():
 
 
 def test_results_of_one_op_leave_the_others(tmp_path):
-    row = results.Row(**synthetic_row("camkernels"))  # type: ignore[arg-type]
+    row = schema.Row(**synthetic_row("camkernels"))  # type: ignore[arg-type]
     path = results.save(tmp_path, CPU, "one", {}, [row])
     assert results.save(tmp_path, CPU, "two", {}, [row, row]) == path
-    runs = results.load(path)["runs"]
+    runs = schema.load(path)["runs"]
     assert [len(runs[op]["rows"]) for op in ("one", "two")] == [1, 2]
 
 
