@@ -92,6 +92,7 @@ def setting() -> str:
     return _setting
 
 
+@torch.compiler.assume_constant_result  # it looks for files and libraries, which Dynamo cannot trace
 def resolve(function: str, requested: str, device_type: str, dtype: torch.dtype) -> str:
     """The backend that serves this call of ``function``."""
     if requested == "auto":

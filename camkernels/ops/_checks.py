@@ -1,7 +1,7 @@
 """Argument checks: every message names the function, the argument, what came and what is allowed."""
 
 from collections.abc import Sequence
-from math import isfinite
+from math import inf
 from numbers import Real
 
 import torch
@@ -121,7 +121,7 @@ def in_open_interval(
 
 def eps(function: str, value: object) -> float:
     result = number(function, "eps", value, "of at least 0")
-    if not (result >= 0 and isfinite(result)):
+    if not 0 <= result < inf:
         raise ValueError(f"{function}: eps is {result}; it must be a number of at least 0")
     return result
 

@@ -79,7 +79,7 @@ def fused_cam_erase(
     eps = _checks.eps(name, eps)
 
     requested = _backend.setting()
-    widest = torch.promote_types(features.dtype, images.dtype)  # of a pair with float64, float64
+    widest = torch.float64 if images.dtype == torch.float64 else features.dtype
     if _backend.resolve(name, requested, features.device.type, widest) == "reference":
         return CamErase(
             *reference.cam_erase(

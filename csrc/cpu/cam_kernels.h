@@ -84,8 +84,8 @@ void cam_bwd_maps(const CamBwd& p, int64_t map_begin, int64_t map_end) {
     const Real* map = static_cast<const Real*>(p.cam) + index * p.pixels;
     const Real* extent = static_cast<const Real*>(p.extent) + 2 * index;
     const Real span = extent[1] - extent[0];
-    MinMaxSums<Real> sums{};
-    for (int64_t i = 0; i < p.pixels; ++i) accumulate(sums, grad[i], map[i]);
+    MinMaxSums<double> sums{};  // a plain float sum over a large map would lose digits
+    for (int64_t i = 0; i < p.pixels; ++i) accumulate<double>(sums, grad[i], map[i]);
     for (int64_t i = 0; i < p.pixels; ++i) {
       grad[i] = normalise_backward(grad[i], map[i], sums, span, static_cast<Real>(p.eps));
     }

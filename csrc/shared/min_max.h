@@ -52,14 +52,14 @@ CAMKERNELS_HD void accumulate(MinMaxSums<Real>& sums, Real grad, Real y) {
   sums.high_ties += y == Real(1) ? Real(1) : Real(0);
 }
 
-// Tied extrema share evenly, as torch.amin's gradient does.
-template <typename Real>
-CAMKERNELS_HD Real normalise_backward(Real grad, Real y, MinMaxSums<Real> sums, Real span, Real eps) {
+// Tied extrema share evenly, as torch.amin's gradient does. Sums may be of a wider type than the map.
+template <typename Real, typename Sum>
+CAMKERNELS_HD Real normalise_backward(Real grad, Real y, MinMaxSums<Sum> sums, Real span, Real eps) {
   if (span <= eps) return Real(0);
-  Real total = grad;
+  Sum total = grad;
   if (y == Real(0)) total += sums.low / sums.low_ties;
   if (y == Real(1)) total += sums.high / sums.high_ties;
-  return total / span;
+  return static_cast<Real>(total) / span;
 }
 
 }  // namespace camkernels

@@ -1,0 +1,20 @@
+"""Without a GPU the Triton kernels run in Triton's interpreter, which must be said before it is imported."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
+
+import camkernels
+from camkernels import _backend
+
+
+@pytest.fixture(autouse=True)
+def restore_backend():
+    """No test leaves its choice of backend to the next one."""
+    with camkernels.use_backend(_backend.setting()):
+        yield
