@@ -1,0 +1,428 @@
+// Runs CUDA kernels on the host, one fiber per CUDA thread, so that kernel sources can be tested without a GPU.
+//
+// A kernel that includes this header instead of the CUDA headers sees threadIdx, blockIdx, blockDim, gridDim,
+// dynamic shared memory, __syncthreads, warp shuffles and votes, clusters with distributed shared memory, uint4
+// and the half types. All blocks of a cluster run together; clusters run one after another, in random order.
+//
+// Between two barriers the threads run one at a time, in an order drawn from a seed: a missing barrier lets a
+// reader run before its writer, and the result changes. Shared memory starts as NaN and each array in it is a
+// heap block of its own, so reading what nobody wrote shows in the result and an access past an array's end
+// shows under AddressSanitizer. A barrier or shuffle that the threads of a block, warp or cluster do not all
+// reach at the same source line is an error, and so is a kernel that deadlocks.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <functional>
+#include <limits>
+#include <map>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "fiber.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __restrict__ __restrict
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+struct uint3 {
+  unsigned x, y, z;
+};
+using dim3 = uint3;
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
+struct __half {
+  _Float16 value;
+};
+inline __half __float2half_rn(float value) { return {static_cast<_Float16>(value)}; }
+inline float __half2float(__half value) { return static_cast<float>(value.value); }
+
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
+inline __nv_bfloat16 __float2bfloat16_rn(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  if (value != value) return {0x7fff};
+  bits += 0x7fffu + ((bits >> 16) & 1u);  // to nearest, ties to even
+  return {static_cast<uint16_t>(bits >> 16)};
+}
+inline float __bfloat162float(__nv_bfloat16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+
+using std::isnan;
+using std::max;
+using std::min;
+
+namespace emulator {
+
+inline constexpr unsigned kWarpSize = 32;
+
+struct Shape {
+  int64_t blocks = 1;
+  int threads = 1;
+  int cluster = 1;
+  int64_t shared = 0;
+};
+
+// Where a thread waits, and for whom.
+struct Site {
+  const char* what = nullptr;
+  const char* file = nullptr;
+  int line = 0;
+  unsigned mask = 0;
+  bool operator==(const Site& other) const {
+    return what == other.what && file == other.file && line == other.line && mask == other.mask;
+  }
+  std::string text() const { return std::string(what) + " at " + file + ":" + std::to_string(line); }
+};
+
+struct Block;
+struct Meeting;
+
+struct Thread {
+  Fiber fiber;
+  Block* block = nullptr;
+  unsigned index = 0;
+  int64_t shared_at = 0;  // bytes of shared memory taken so far
+  uint64_t exchanged = 0;  // what this thread gives to a shuffle or a vote
+  std::vector<uint64_t> seen;  // what its warp gave, once all have arrived
+  bool arrived_at_cluster = false;
+  const Meeting* waits_in = nullptr;
+  bool finished = false;
+  Site site;
+};
+
+// Threads that meet at a barrier: a block's, a warp's or a cluster's.
+struct Meeting {
+  std::vector<Thread*> members;
+  size_t arrived = 0;
+};
+
+struct Piece {
+  std::unique_ptr<char[]> memory;
+  int64_t bytes = 0;
+};
+
+struct Block {
+  unsigned index = 0;
+  unsigned rank = 0;
+  std::vector<std::unique_ptr<Thread>> threads;
+  Meeting meeting;
+  std::vector<Meeting> warps;
+  std::map<int64_t, Piece> shared;  // by offset in the block's shared memory
+};
+
+struct Cluster {
+  std::vector<Block> blocks;
+  size_t arrived = 0;
+  std::vector<Thread*> waiting;
+};
+
+class Machine {
+ public:
+  static Machine& instance() {
+    static Machine machine;
+    return machine;
+  }
+
+  template <typename Kernel, typename Call>
+  void run(Kernel kernel, const Shape& shape, const Call& call, uint64_t seed) {
+    if (shape.threads % kWarpSize != 0 || shape.blocks % shape.cluster != 0) {
+      throw std::runtime_error("the emulator wants whole warps and whole clusters");
+    }
+    shape_ = shape;
+    random_.seed(seed);
+    body_ = [kernel, &call] { kernel(call); };
+    std::vector<int64_t> order(static_cast<size_t>(shape.blocks / shape.cluster));
+    for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int64_t>(i);
+    std::shuffle(order.begin(), order.end(), random_);
+    for (const int64_t cluster : order) run_cluster(cluster);
+    ++launches;
+  }
+
+  Thread& thread() { return *running_; }
+  Block& block() { return *running_->block; }
+  Cluster& cluster() { return cluster_; }
+  const Shape& shape() const { return shape_; }
+
+  // Blocks the running thread until all members of the meeting have come to the same site.
+  void meet(Meeting& meeting, const Site& site) {
+    Thread& self = thread();
+    self.site = site;
+    for (Thread* member : meeting.members) {
+      if (member->finished) fail("a thread has already left the kernel", self, *member);
+      if (member->waits_in == &meeting && !(member->site == site)) fail("threads diverge", self, *member);
+    }
+    if (++meeting.arrived == meeting.members.size()) {
+      meeting.arrived = 0;
+      for (Thread* member : meeting.members) {
+        if (member != &self) release(*member);
+      }
+      return;
+    }
+    self.waits_in = &meeting;
+    wait();
+  }
+
+  // What every lane of the warp passes, once all lanes of the mask (the whole warp) have.
+  const std::vector<uint64_t>& exchange(uint64_t value, const Site& site) {
+    Thread& self = thread();
+    if (site.mask != 0xffffffffu) throw std::runtime_error(site.text() + ": only whole warps are emulated");
+    Meeting& warp = block().warps[self.index / kWarpSize];
+    self.exchanged = value;
+    if (warp.arrived + 1 == warp.members.size()) {
+      std::vector<uint64_t> all;
+      for (Thread* member : warp.members) all.push_back(member->exchanged);
+      for (Thread* member : warp.members) member->seen = all;
+    }
+    meet(warp, site);
+    return self.seen;
+  }
+
+  void arrive_at_cluster() {
+    Thread& self = thread();
+    self.site = {"cluster_arrive", "", 0, 0};
+    if (self.arrived_at_cluster) fail("a thread arrives twice at a cluster barrier", self, self);
+    self.arrived_at_cluster = true;
+    if (++cluster_.arrived == static_cast<size_t>(shape_.cluster) * static_cast<size_t>(shape_.threads)) {
+      cluster_.arrived = 0;
+      for (Block& block : cluster_.blocks) {
+        for (auto& member : block.threads) member->arrived_at_cluster = false;
+      }
+      for (Thread* member : cluster_.waiting) release(*member);
+      cluster_.waiting.clear();
+    }
+  }
+
+  void wait_for_cluster() {
+    Thread& self = thread();
+    self.site = {"cluster_wait", "", 0, 0};
+    if (!self.arrived_at_cluster) return;  // the last one has come since this thread arrived
+    cluster_.waiting.push_back(&self);
+    wait();
+  }
+
+  char* shared_piece(int64_t bytes) {
+    Thread& self = thread();
+    const int64_t at = self.shared_at;
+    self.shared_at += (bytes + 15) / 16 * 16;
+    if (self.shared_at > shape_.shared) {
+      throw std::runtime_error("the kernel takes " + std::to_string(self.shared_at) +
+                               " bytes of shared memory, the launch gives it " + std::to_string(shape_.shared));
+    }
+    Piece& piece = self.block->shared[at];
+    if (bytes == 0) return nullptr;
+    if (piece.memory == nullptr) {
+      piece.memory.reset(new char[static_cast<size_t>(bytes)]);
+      piece.bytes = bytes;
+      std::memset(piece.memory.get(), 0xff, static_cast<size_t>(bytes));  // NaN in every float type
+    } else if (piece.bytes != bytes) {
+      throw std::runtime_error("threads cut up their shared memory differently");
+    }
+    return piece.memory.get();
+  }
+
+  const void* peer(const void* address, int rank) {
+    const char* byte = static_cast<const char*>(address);
+    for (auto& [at, piece] : block().shared) {
+      const char* begin = piece.memory.get();
+      if (begin == nullptr || byte < begin || byte >= begin + piece.bytes) continue;
+      Block& other = cluster_.blocks.at(static_cast<size_t>(rank));
+      if (std::any_of(other.threads.begin(), other.threads.end(), [](auto& thread) { return thread->finished; })) {
+        throw std::runtime_error("a block reads shared memory of a block that has left the kernel");
+      }
+      const auto found = other.shared.find(at);
+      if (found == other.shared.end()) {
+        throw std::runtime_error("a block reads shared memory of a block that has not started");
+      }
+      return found->second.memory.get() + (byte - begin);
+    }
+    throw std::runtime_error("cluster_peer: not an address in this block's shared memory");
+  }
+
+  int64_t launches = 0;
+
+ private:
+  void run_cluster(int64_t index) {
+    cluster_ = Cluster{};
+    cluster_.blocks.resize(static_cast<size_t>(shape_.cluster));
+    ready_.clear();
+    size_t used = 0;
+    for (int rank = 0; rank < shape_.cluster; ++rank) {
+      Block& block = cluster_.blocks[static_cast<size_t>(rank)];
+      block.index = static_cast<unsigned>(index * shape_.cluster + rank);
+      block.rank = static_cast<unsigned>(rank);
+      block.warps.resize(static_cast<size_t>(shape_.threads) / kWarpSize);
+      for (int i = 0; i < shape_.threads; ++i) {
+        auto thread = std::make_unique<Thread>();
+        thread->block = &block;
+        thread->index = static_cast<unsigned>(i);
+        if (used == stacks_.size()) stacks_.push_back(std::make_unique<Stack>());
+        thread->fiber.start(*stacks_[used++], &Machine::enter);
+        block.meeting.members.push_back(thread.get());
+        block.warps[thread->index / kWarpSize].members.push_back(thread.get());
+        ready_.push_back(thread.get());
+        block.threads.push_back(std::move(thread));
+      }
+    }
+    error_ = nullptr;
+    while (!ready_.empty() && error_ == nullptr) {
+      const size_t pick = random_() % ready_.size();
+      running_ = ready_[pick];
+      ready_[pick] = ready_.back();
+      ready_.pop_back();
+      scheduler_.switch_to(running_->fiber);
+    }
+    if (error_ != nullptr) std::rethrow_exception(error_);
+    for (Block& block : cluster_.blocks) {
+      for (auto& thread : block.threads) {
+        if (!thread->finished) throw std::runtime_error("deadlock: thread " + name(*thread) + " waits in " + thread->site.text());
+      }
+    }
+  }
+
+  static void enter() {
+    Machine& machine = instance();
+    try {
+      machine.body_();
+    } catch (...) {
+      machine.error_ = std::current_exception();
+    }
+    machine.running_->finished = true;
+    machine.running_->fiber.finish(machine.scheduler_);
+  }
+
+  void wait() {
+    thread().fiber.switch_to(scheduler_);
+  }
+
+  void release(Thread& thread) {
+    thread.waits_in = nullptr;
+    ready_.push_back(&thread);
+  }
+
+  static std::string name(const Thread& thread) {
+    return std::to_string(thread.index) + " of block " + std::to_string(thread.block->index);
+  }
+
+  [[noreturn]] void fail(const char* what, const Thread& one, const Thread& other) {
+    throw std::runtime_error(std::string(what) + ": thread " + name(one) + " is in " + one.site.text() + ", thread " +
+                             name(other) + (other.site.what == nullptr ? " in none" : " in " + other.site.text()));
+  }
+
+  Shape shape_;
+  std::mt19937_64 random_;
+  std::function<void()> body_;
+  Cluster cluster_;
+  std::vector<std::unique_ptr<Stack>> stacks_;
+  std::vector<Thread*> ready_;
+  Thread* running_ = nullptr;
+  Fiber scheduler_;
+  std::exception_ptr error_;
+};
+
+inline uint3 thread_index() { return {Machine::instance().thread().index, 0, 0}; }
+inline uint3 block_index() { return {Machine::instance().block().index, 0, 0}; }
+inline dim3 block_dim() { return {static_cast<unsigned>(Machine::instance().shape().threads), 1, 1}; }
+inline dim3 grid_dim() { return {static_cast<unsigned>(Machine::instance().shape().blocks), 1, 1}; }
+
+inline void sync_block(const char* file, int line) {
+  Machine& machine = Machine::instance();
+  machine.meet(machine.block().meeting, {"__syncthreads", file, line, 0});
+}
+
+// Every thread of the block learns whether any passed true.
+inline int sync_block_or(int value, const char* file, int line) {
+  Machine& machine = Machine::instance();
+  Block& block = machine.block();
+  machine.thread().exchanged = value != 0;
+  machine.meet(block.meeting, {"__syncthreads_or", file, line, 0});
+  bool any = false;
+  for (auto& thread : block.threads) any = any || thread->exchanged != 0;
+  machine.meet(block.meeting, {"__syncthreads_or", file, line, 1});
+  return any;
+}
+
+template <typename T>
+T shuffle(unsigned mask, T value, unsigned lane, const char* what, const char* file, int line) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  const std::vector<uint64_t>& all = Machine::instance().exchange(bits, {what, file, line, mask});
+  T result;
+  std::memcpy(&result, &all[lane % kWarpSize], sizeof(T));
+  return result;
+}
+
+inline unsigned lane() { return Machine::instance().thread().index % kWarpSize; }
+
+inline unsigned ballot(unsigned mask, bool predicate, const char* file, int line) {
+  const std::vector<uint64_t>& all = Machine::instance().exchange(predicate, {"__ballot_sync", file, line, mask});
+  unsigned votes = 0;
+  for (unsigned i = 0; i < kWarpSize; ++i) votes |= static_cast<unsigned>(all[i]) << i;
+  return votes;
+}
+
+inline int cluster_rank() { return static_cast<int>(Machine::instance().block().rank); }
+inline int cluster_size() { return Machine::instance().shape().cluster; }
+inline void cluster_arrive() { Machine::instance().arrive_at_cluster(); }
+inline void cluster_wait() { Machine::instance().wait_for_cluster(); }
+
+template <typename T>
+const T* cluster_peer(const T* address, int rank) {
+  return static_cast<const T*>(Machine::instance().peer(address, rank));
+}
+
+class SharedMemory {
+ public:
+  template <typename T>
+  T* take(int64_t count) {
+    return reinterpret_cast<T*>(Machine::instance().shared_piece(count * static_cast<int64_t>(sizeof(T))));
+  }
+};
+
+}  // namespace emulator
+
+#define threadIdx emulator::thread_index()
+#define blockIdx emulator::block_index()
+#define blockDim emulator::block_dim()
+#define gridDim emulator::grid_dim()
+#define __syncthreads() emulator::sync_block(__FILE__, __LINE__)
+#define __syncthreads_or(value) emulator::sync_block_or(value, __FILE__, __LINE__)
+#define __shfl_sync(mask, value, from) emulator::shuffle(mask, value, from, "__shfl_sync", __FILE__, __LINE__)
+#define __shfl_xor_sync(mask, value, distance) \
+  emulator::shuffle(mask, value, emulator::lane() ^ (distance), "__shfl_xor_sync", __FILE__, __LINE__)
+#define __ballot_sync(mask, predicate) emulator::ballot(mask, predicate, __FILE__, __LINE__)
+
+// One thread runs at a time and gives way at barriers only, so every operation is atomic.
+template <typename T>
+T atomicAdd(T* address, T value) {
+  const T before = *address;
+  *address += value;
+  return before;
+}
+
+inline int __ffs(unsigned value) { return __builtin_ffs(static_cast<int>(value)); }
+inline int __popc(unsigned value) { return __builtin_popcount(value); }

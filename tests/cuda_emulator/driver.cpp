@@ -1,0 +1,104 @@
+// The kernels' launches behind C functions, for ctypes.
+#include "../../csrc/cuda/cam.cuh"
+#include "../../csrc/cuda/cam_erase.cuh"
+
+namespace camkernels::cuda {
+namespace {
+
+std::string last_error;
+
+// What a test fixes about the machine.
+struct Setting {
+  int64_t seed;
+  int32_t threads;
+  int32_t cluster;  // the most blocks in a cluster; reached where there is enough to share out
+  int32_t vectors;
+  int32_t reserved;
+};
+
+class EmulatorLauncher {
+ public:
+  explicit EmulatorLauncher(const Setting& setting) : seed_(static_cast<uint64_t>(setting.seed)) {
+    hardware_.multiprocessors = 1 << 20;  // so that a cluster takes as many blocks as it may
+    hardware_.max_cluster = setting.cluster;
+    hardware_.shared_limit = 227 << 10;
+    hardware_.threads = setting.threads;
+    hardware_.smallest_share = 0;
+    hardware_.vectors = setting.vectors != 0;
+  }
+
+  const Hardware& hardware() const { return hardware_; }
+
+  template <typename Kernel, typename Call>
+  void run(Kernel kernel, const LaunchShape& shape, const Call& call) {
+    emulator::Machine::instance().run(kernel, {shape.blocks, shape.threads, shape.cluster, shape.shared}, call,
+                                      seed_++);
+  }
+
+ private:
+  Hardware hardware_;
+  uint64_t seed_;
+};
+
+// Launches made, or -1 with the error's text in last_error.
+template <typename Function>
+int64_t guarded(const Setting* setting, Function&& function) {
+  EmulatorLauncher launcher(*setting);
+  const int64_t before = emulator::Machine::instance().launches;
+  try {
+    function(launcher);
+  } catch (const std::exception& error) {
+    last_error = error.what();
+    return -1;
+  }
+  return emulator::Machine::instance().launches - before;
+}
+
+}  // namespace
+}  // namespace camkernels::cuda
+
+using namespace camkernels::cuda;
+
+extern "C" {
+
+const char* emulator_error() { return last_error.c_str(); }
+
+int64_t emulator_sizes(int64_t* sizes) {
+  sizes[0] = sizeof(CamFwd);
+  sizes[1] = sizeof(CamBwd);
+  sizes[2] = sizeof(CamEraseFwd);
+  sizes[3] = sizeof(CamEraseBwd);
+  return 4;
+}
+
+int64_t emulate_cam_fwd(const Setting* setting, const CamFwd* call) {
+  return guarded(setting, [&](EmulatorLauncher& launcher) { launch_cam_fwd(launcher, *call); });
+}
+
+int64_t emulate_cam_bwd(const Setting* setting, const CamBwd* call) {
+  return guarded(setting, [&](EmulatorLauncher& launcher) {
+    CamBwd with_scratch = *call;
+    const auto size = static_cast<size_t>(cam_bwd_scratch(*call));
+    std::vector<float> scratch(size, NAN);
+    with_scratch.scratch = scratch.data();
+    launch_cam_bwd(launcher, with_scratch);
+  });
+}
+
+int64_t emulate_cam_erase_fwd(const Setting* setting, const CamEraseFwd* call, const double* fill, int64_t count) {
+  return guarded(setting, [&](EmulatorLauncher& launcher) {
+    CamEraseFwd filled = *call;
+    set_fill(filled.erasing, fill, count);
+    launch_cam_erase_fwd(launcher, filled);
+  });
+}
+
+int64_t emulate_cam_erase_bwd(const Setting* setting, const CamEraseBwd* call, const double* fill, int64_t count) {
+  return guarded(setting, [&](EmulatorLauncher& launcher) {
+    CamEraseBwd filled = *call;
+    set_fill(filled.erasing, fill, count);
+    launch_cam_erase_bwd(launcher, filled);
+  });
+}
+
+}  // extern "C"

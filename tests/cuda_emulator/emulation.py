@@ -1,0 +1,194 @@
+"""Builds the emulator with the CUDA kernels in it, and calls it with tensors as a backend is called."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FOLDER = Path(__file__).parent
+SANITIZE = "CAMKERNELS_EMULATOR_SANITIZE"
+_DTYPES = {d: i for i, d in enumerate((torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int32, torch.int64))}
+_Pointer, _I64, _I32, _F32, _Bool = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.c_bool
+
+
+def compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
+
+
+def build(folder: Path, sanitize: bool) -> Path:
+    """The shared library; sanitized, it wants the sanitizer's runtime loaded before Python starts."""
+    library = folder / ("emulator_sanitized.so" if sanitize else "emulator.so")
+    found = compiler()
+    assert found is not None
+    mode = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] if sanitize else ["-O2"]
+    flags = ["-std=c++20", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    sources = [f"-I{FOLDER}", str(FOLDER / "driver.cpp"), "-o", str(library)]
+    subprocess.run([found, *mode, *flags, "-DCAMKERNELS_EMULATOR", *sources], check=True)
+    return library
+
+
+def sanitizer_runtimes() -> list[str]:
+    """What to preload so that a plain Python can load the sanitized library; empty if there is none."""
+    found = compiler()
+    if found is None:
+        return []
+    paths = []
+    for name in ("libasan.so", "libubsan.so", "libstdc++.so"):
+        answer = subprocess.run([found, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        if not Path(answer).is_absolute():
+            return []
+        paths.append(str(Path(answer).resolve()))
+    return paths
+
+
+class _Struct(ctypes.Structure):
+    """A C++ struct of plain members, given as keywords; the rest is zero."""
+
+
+def _struct(name: str, **members: Any) -> type[ctypes.Structure]:
+    return type(name, (_Struct,), {"_fields_": list(members.items())})
+
+
+_Setting = _struct("Setting", seed=_I64, threads=_I32, cluster=_I32, vectors=_I32, reserved=_I32)
+_Array = _struct("AnyArray", data=_Pointer, dtype=_I32)
+_Front = _struct(
+    "CamFront",
+    features=_Pointer, weight=_Array, target=_Array, cam=_Pointer, cam32=_Pointer, extent=_Pointer,
+    images=_I64, classes=_I64, channels=_I32, height=_I32, width=_I32, maps=_I32, eps=_F32,
+    features_dtype=_I32, channels_last=_Bool, vectors=_Bool, rows=_I32,
+)  # fmt: skip
+_CamFwd = _struct("CamFwd", front=_Front, bias=_Array, normalize=_Bool)
+_CamBwd = _struct(
+    "CamBwd",
+    grad_cam=_Array, features=_Pointer, weight=_Array, target=_Array, cam=_Pointer, extent=_Pointer,
+    grad_features=_Pointer, grad_weight=_Pointer, grad_bias=_Pointer, scratch=_Pointer,
+    images=_I64, classes=_I64, channels=_I32, height=_I32, width=_I32, maps=_I32, eps=_F32,
+    features_dtype=_I32, channels_last=_Bool, normalize=_Bool, vectors=_Bool, rows=_I32, share=_I32,
+)  # fmt: skip
+_Erasing = _struct(
+    "Erasing",
+    images=_I64, depth=_I32, image_height=_I32, image_width=_I32, map_height=_I32, map_width=_I32,
+    threshold=_F32, sharpness=_F32, scale_y=_F32, scale_x=_F32, dtype=_I32, nearest=_Bool, channels_last=_Bool,
+    vectors=_Bool, fills=_I32, fill=_F32 * 16, fill_bits=ctypes.c_uint32 * 16,
+)  # fmt: skip
+_CamEraseFwd = _struct("CamEraseFwd", front=_Front, erasing=_Erasing, images=_Pointer, erased=_Pointer)
+_CamEraseBwd = _struct(
+    "CamEraseBwd",
+    erasing=_Erasing, grad_erased=_Pointer, images=_Pointer, cam=_Pointer, grad_cam=_Array,
+    grad_images=_Pointer, grad_map=_Pointer, strips=_I32, tile_rows=_I32,
+)  # fmt: skip
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
+
+
+def _array(tensor: Tensor | None) -> ctypes.Structure:
+    return _Array(data=_pointer(tensor), dtype=0 if tensor is None else _DTYPES[tensor.dtype])
+
+
+def _channels_last(tensor: Tensor) -> bool:
+    return tensor.shape[1] > 1 and tensor.stride(1) == 1
+
+
+@dataclass
+class Emulator:
+    """Launchers with the names and arguments of the ops, as ``camkernels.triton`` has them."""
+
+    library: ctypes.CDLL
+    threads: int = 64
+    cluster: int = 1
+    vectors: bool = True
+    seed: int = 0
+    launches: dict[str, int] = field(default_factory=dict)
+
+    @staticmethod
+    def load(path: Path) -> "Emulator":
+        library = ctypes.CDLL(str(path))
+        library.emulator_error.restype = ctypes.c_char_p
+        for name in ("cam_fwd", "cam_bwd", "cam_erase_fwd", "cam_erase_bwd"):
+            getattr(library, f"emulate_{name}").restype = _I64
+        sizes = (_I64 * 4)()
+        library.emulator_sizes(sizes)
+        mirrored = [ctypes.sizeof(s) for s in (_CamFwd, _CamBwd, _CamEraseFwd, _CamEraseBwd)]
+        assert list(sizes) == mirrored, "the parameter structs here are not those of csrc/cuda"
+        return Emulator(library)
+
+    @contextmanager
+    def on(self, **settings: Any) -> Iterator["Emulator"]:
+        before = {name: getattr(self, name) for name in settings}
+        for name, value in settings.items():
+            setattr(self, name, value)
+        try:
+            yield self
+        finally:
+            for name, value in before.items():
+                setattr(self, name, value)
+
+    def _call(self, name: str, call: ctypes.Structure, outputs: list[Tensor], *rest: Any) -> None:
+        for output in outputs:
+            output.fill_(torch.nan)  # what a kernel forgets to write must show
+        setting = _Setting(seed=self.seed, threads=self.threads, cluster=self.cluster, vectors=self.vectors)
+        launched = getattr(self.library, f"emulate_{name}")(ctypes.byref(setting), ctypes.byref(call), *rest)
+        if launched < 0:
+            raise RuntimeError(f"{name} (seed {self.seed}): {self.library.emulator_error().decode()}")
+        self.launches[name] = launched
+
+    @staticmethod
+    def _front(features: Tensor, weight: Tensor, target: Tensor | None, eps: float, cam: Tensor, cam32: Tensor, extent: Tensor) -> ctypes.Structure:
+        images, channels, height, width = features.shape
+        return _Front(
+            features=_pointer(features), weight=_array(weight), target=_array(target), cam=_pointer(cam),
+            cam32=_pointer(cam32), extent=_pointer(extent), images=images, classes=weight.shape[0],
+            channels=channels, height=height, width=width, maps=cam.shape[1], eps=eps,
+            features_dtype=_DTYPES[features.dtype], channels_last=_channels_last(features),
+        )  # fmt: skip
+
+    def cam_fwd(self, features: Tensor, weight: Tensor, target: Tensor | None, bias: Tensor | None, normalize: bool, eps: float, cam: Tensor, cam32: Tensor, extent: Tensor) -> None:
+        front = self._front(features, weight, target, eps, cam, cam32, extent)
+        self._call("cam_fwd", _CamFwd(front=front, bias=_array(bias), normalize=normalize), [cam, cam32, extent])
+
+    def cam_bwd(self, grad_cam: Tensor, features: Tensor, weight: Tensor, target: Tensor | None, cam: Tensor, extent: Tensor, normalize: bool, eps: float, need_features: bool, need_weight: bool, need_bias: bool, grad_features: Tensor, grad_weight: Tensor, grad_bias: Tensor) -> None:
+        images, channels, height, width = features.shape
+        call = _CamBwd(
+            grad_cam=_array(grad_cam), features=_pointer(features), weight=_array(weight), target=_array(target),
+            cam=_pointer(cam), extent=_pointer(extent), grad_features=_pointer(grad_features),
+            grad_weight=_pointer(grad_weight), grad_bias=_pointer(grad_bias), images=images,
+            classes=weight.shape[0], channels=channels, height=height, width=width, maps=grad_cam.shape[1], eps=eps,
+            features_dtype=_DTYPES[features.dtype], channels_last=_channels_last(features), normalize=normalize,
+        )  # fmt: skip
+        self._call("cam_bwd", call, [grad_features, grad_weight, grad_bias])
+
+    @staticmethod
+    def _erasing(images: Tensor, cam: Tensor, threshold: float, sharpness: float, nearest: bool) -> ctypes.Structure:
+        return _Erasing(
+            images=images.shape[0], depth=images.shape[1], image_height=images.shape[2], image_width=images.shape[3],
+            map_height=cam.shape[2], map_width=cam.shape[3], threshold=threshold, sharpness=sharpness,
+            dtype=_DTYPES[images.dtype], nearest=nearest, channels_last=_channels_last(images),
+        )  # fmt: skip
+
+    def cam_erase_fwd(self, features: Tensor, weight: Tensor, target: Tensor, images: Tensor, threshold: float, sharpness: float, fill: list[float], nearest: bool, eps: float, erased: Tensor, cam: Tensor, cam32: Tensor, extent: Tensor) -> None:
+        call = _CamEraseFwd(
+            front=self._front(features, weight, target, eps, cam, cam32, extent),
+            erasing=self._erasing(images, cam, threshold, sharpness, nearest),
+            images=_pointer(images), erased=_pointer(erased),
+        )  # fmt: skip
+        colours = (ctypes.c_double * len(fill))(*fill)
+        self._call("cam_erase_fwd", call, [erased, cam, cam32, extent], colours, _I64(len(fill)))
+
+    def cam_erase_bwd(self, grad_erased: Tensor, grad_cam: Tensor | None, images: Tensor | None, cam: Tensor, threshold: float, sharpness: float, fill: list[float], nearest: bool, need_images: bool, need_map: bool, grad_images: Tensor, grad_map: Tensor) -> None:
+        call = _CamEraseBwd(
+            erasing=self._erasing(grad_erased, cam, threshold, sharpness, nearest),
+            grad_erased=_pointer(grad_erased), images=_pointer(images), cam=_pointer(cam), grad_cam=_array(grad_cam),
+            grad_images=_pointer(grad_images), grad_map=_pointer(grad_map),
+        )  # fmt: skip
+        colours = (ctypes.c_double * len(fill))(*fill)
+        self._call("cam_erase_bwd", call, [grad_images, grad_map], colours, _I64(len(fill)))
