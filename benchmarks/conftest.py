@@ -78,8 +78,9 @@ def session(request: pytest.FixtureRequest) -> Iterator[harness.Session]:
         "freed_memory_kept": freed.kept,
     }
     if option("results") is not None:
+        suffix = "" if option("dtype") == "float32" else f"-{option('dtype')}"
         for op, rows in session.results.items():
-            results.save(option("results"), device, op, information, rows)
+            results.save(option("results"), device, op + suffix, information, rows)
 
 
 @pytest.fixture(scope="session")

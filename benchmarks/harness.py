@@ -122,7 +122,9 @@ class Session:
 
     def __post_init__(self) -> None:
         self.copy = measure.Copy(self.device)
-        self.matrix_rate = measure.matrix_rate(self.device, self.dtype)
+        # Many CPUs have no matrix units for half types, and float32 is what the op computes in.
+        matrix_dtype = torch.float32 if self.device.type == "cpu" else self.dtype
+        self.matrix_rate = measure.matrix_rate(self.device, matrix_dtype)
 
     def inputs(self, op: Op, row: WorkloadRow, variant: str, seed: int) -> Inputs:
         generator = torch.Generator(self.device).manual_seed(seed)

@@ -42,8 +42,7 @@ class Measurement:
     @property
     def name(self) -> str:
         row = self.mine
-        dtype = "" if row["dtype"] == "float32" else f"/{row['dtype']}"
-        return f"{self.op}/{row['id']}/{row['variant']}/{row['direction']}{dtype}"
+        return f"{self.op}/{row['id']}/{row['variant']}/{row['direction']}"
 
     @property
     def rival(self) -> float:
@@ -70,7 +69,7 @@ class Verdict:
 def measurements(op: str, device: str, rows: Iterable[Row]) -> list[Measurement]:
     grouped: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
-        key = tuple(row[part] for part in ("id", "variant", "direction", "dtype"))
+        key = tuple(row[part] for part in ("id", "variant", "direction"))
         grouped.setdefault(key, {})[row["provider"]] = row
     found = [Measurement(op, device, providers) for providers in grouped.values()]
     return [each for each in found if MINE in each.providers and len(each.providers) > 1]
@@ -217,7 +216,7 @@ def full_table(measured: Sequence[Measurement]) -> list[str]:
             label = f"{name} ({row['backend']})" if name == MINE else name
             rows.append(
                 (
-                    row["id"] if row["dtype"] == "float32" else f"{row['id']} {row['dtype']}",
+                    row["id"],
                     images,
                     row["variant"],
                     row["direction"],

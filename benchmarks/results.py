@@ -77,13 +77,13 @@ def _commit() -> str | None:
 
 
 def save(
-    folder: Path, device: torch.device, op: str, information: dict[str, Any], rows: Sequence[Row]
+    folder: Path, device: torch.device, run: str, information: dict[str, Any], rows: Sequence[Row]
 ) -> Path:
-    """Put one op's run into the device's file, in place of that op's run before."""
+    """Put a run into the device's file, in place of the one of the same name before."""
     name = device_name(device)
     path = folder / f"{slug(device.type, name)}.json"
     kept = load(path)["runs"] if path.exists() else {}
-    runs = {**kept, op: {"machine": information, "rows": [asdict(row) for row in rows]}}
+    runs = {**kept, run: {"machine": information, "rows": [asdict(row) for row in rows]}}
     content = {"schema": SCHEMA, "device": device.type, "name": name, "runs": dict(sorted(runs.items()))}
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")

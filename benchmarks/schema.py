@@ -1,4 +1,5 @@
-"""The one schema of all results: a file per device, in it a run per op, in it a row per measured call.
+"""The one schema of all results: a file per device, in it a run per op (features of another dtype than
+float32: ``<op>-<dtype>``), in it a row per measured call.
 
     {"schema": 1, "device": "cpu" | "cuda", "name": "AMD EPYC",
      "runs": {"fused_cam_erase": {"machine": {...}, "rows": [{...}, ...]}}}
