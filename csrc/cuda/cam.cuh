@@ -105,35 +105,38 @@ struct CamBwd {
   }
 };
 
+// In double, because what all pixels of a map send to its extrema is much larger than what each keeps.
+using MapSums = MinMaxSums<double>;
+
 // One map per image: the gradient of a class is the sum over the rows of its images, one row of C + 1
 // numbers (the last is the bias's) per image. Several maps: the sums that min-max needs of each map.
 inline int64_t cam_bwd_scratch(const CamBwd& call) {
-  return call.maps == 1 ? call.images * (call.channels + 1) : call.images * call.maps * 4;
+  return call.maps == 1 ? call.images * (call.channels + 1) : call.images * call.maps * (sizeof(MapSums) / sizeof(float));
 }
 
-__device__ inline void add(MinMaxSums<float>& sums, const MinMaxSums<float>& other) {
+__device__ inline void add(MapSums& sums, const MapSums& other) {
   sums.low += other.low;
   sums.high += other.high;
   sums.low_ties += other.low_ties;
   sums.high_ties += other.high_ties;
 }
 
-__device__ inline MinMaxSums<float> warp_sum(MinMaxSums<float> sums) {
+__device__ inline MapSums warp_sum(MapSums sums) {
   return {warp_sum(sums.low), warp_sum(sums.high), warp_sum(sums.low_ties), warp_sum(sums.high_ties)};
 }
 
 // Adds pixels first, first + step, ... of a map to its sums.
-__device__ inline MinMaxSums<float> min_max_sums(const CamBwd& call, int64_t map, int first, int step) {
-  MinMaxSums<float> sums = {};
+__device__ inline MapSums min_max_sums(const CamBwd& call, int64_t map, int first, int step) {
+  MapSums sums = {};
 #pragma unroll 1
   for (int p = first; p < call.pixels(); p += step) {
     const int64_t at = map * call.pixels() + p;
-    accumulate(sums, load_as_float(call.grad_cam, at), call.cam[at]);
+    accumulate<double>(sums, load_as_float(call.grad_cam, at), call.cam[at]);
   }
   return sums;
 }
 
-__device__ inline float raw_gradient(const CamBwd& call, int64_t map, int pixel, const MinMaxSums<float>& sums) {
+__device__ inline float raw_gradient(const CamBwd& call, int64_t map, int pixel, const MapSums& sums) {
   const int64_t at = map * call.pixels() + pixel;
   const float grad = load_as_float(call.grad_cam, at);
   if (!call.normalize) return grad;
@@ -145,7 +148,8 @@ struct RowBuffers {
   float* weights;   // [share]
   float* sums;      // [share]: this block's piece of the image's row
   float* partial;   // [2 turns, rows in flight, 2, threads] or, channels_last, [elements of a vector, threads]
-  float* warps;     // [warps, 4]
+  MapSums* warps;   // [warps]
+  float* totals;    // [warps]
 };
 
 inline constexpr int kRowsInFlight = 4;
@@ -158,7 +162,8 @@ __host__ __device__ RowBuffers take_row_buffers(Memory& memory, const CamBwd& ca
   buffers.sums = memory.template take<float>(call.share);
   const int per_thread = call.channels_last ? (call.vectors ? kVectorOf<T> : 1) : 2 * kRowsInFlight * 2;
   buffers.partial = memory.template take<float>(int64_t{per_thread} * threads);
-  buffers.warps = memory.template take<float>(threads / kWarp * 4);
+  buffers.warps = memory.template take<MapSums>(threads / kWarp);
+  buffers.totals = memory.template take<float>(threads / kWarp);
   return buffers;
 }
 
@@ -167,21 +172,12 @@ __host__ __device__ RowBuffers take_row_buffers(Memory& memory, const CamBwd& ca
 __device__ inline float stage_gradient(const CamBwd& call, int64_t image, const RowBuffers& buffers) {
   const int warps = blockDim.x / kWarp;
   const int warp = threadIdx.x / kWarp;
-  MinMaxSums<float> sums = {};
+  MapSums sums = {};
   if (call.normalize) {
-    const MinMaxSums<float> own = warp_sum(min_max_sums(call, image, threadIdx.x, blockDim.x));
-    if (threadIdx.x % kWarp == 0) {
-      buffers.warps[warp * 4] = own.low;
-      buffers.warps[warp * 4 + 1] = own.high;
-      buffers.warps[warp * 4 + 2] = own.low_ties;
-      buffers.warps[warp * 4 + 3] = own.high_ties;
-    }
+    const MapSums own = warp_sum(min_max_sums(call, image, threadIdx.x, blockDim.x));
+    if (threadIdx.x % kWarp == 0) buffers.warps[warp] = own;
     __syncthreads();
-    for (int w = 0; w < warps; ++w) {
-      const float* from = buffers.warps + w * 4;
-      add(sums, MinMaxSums<float>{from[0], from[1], from[2], from[3]});
-    }
-    __syncthreads();  // buffers.warps is used again
+    for (int w = 0; w < warps; ++w) add(sums, buffers.warps[w]);
   }
   float total = 0.0f;
 #pragma unroll 1
@@ -191,11 +187,11 @@ __device__ inline float stage_gradient(const CamBwd& call, int64_t image, const 
     total += gradient;
   }
   total = warp_sum(total);
-  if (threadIdx.x % kWarp == 0) buffers.warps[warp] = total;
+  if (threadIdx.x % kWarp == 0) buffers.totals[warp] = total;
   __syncthreads();
   if (call.normalize) return 0.0f;  // a constant cancels in min-max
   total = 0.0f;
-  for (int w = 0; w < warps; ++w) total += buffers.warps[w];
+  for (int w = 0; w < warps; ++w) total += buffers.totals[w];
   return total;
 }
 
@@ -446,22 +442,13 @@ __global__ inline void __launch_bounds__(kTileThreads) cam_bwd_sums_kernel(const
   const int64_t warp = (blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x) / kWarp;
   const int64_t maps = call.images * call.maps;
   const int64_t map = warp < maps ? warp : maps - 1;
-  const MinMaxSums<float> sums = warp_sum(min_max_sums(call, map, threadIdx.x % kWarp, kWarp));
-  if (warp < maps && threadIdx.x % kWarp == 0) {
-    float* to = call.scratch + map * 4;
-    to[0] = sums.low;
-    to[1] = sums.high;
-    to[2] = sums.low_ties;
-    to[3] = sums.high_ties;
-  }
+  const MapSums sums = warp_sum(min_max_sums(call, map, threadIdx.x % kWarp, kWarp));
+  if (warp < maps && threadIdx.x % kWarp == 0) reinterpret_cast<MapSums*>(call.scratch)[map] = sums;
 }
 
 __device__ inline float stored_gradient(const CamBwd& call, int64_t map, int pixel) {
-  MinMaxSums<float> sums = {};
-  if (call.normalize) {
-    const float* from = call.scratch + map * 4;
-    sums = {from[0], from[1], from[2], from[3]};
-  }
+  MapSums sums = {};
+  if (call.normalize) sums = reinterpret_cast<const MapSums*>(call.scratch)[map];
   return raw_gradient(call, map, pixel, sums);
 }
 

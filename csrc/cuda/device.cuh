@@ -209,7 +209,8 @@ __device__ __forceinline__ void store_from_float(void* to, DType dtype, int64_t 
   }
 }
 
-__device__ __forceinline__ float warp_sum(float value) {
+template <typename Real>
+__device__ __forceinline__ Real warp_sum(Real value) {
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
     value += __shfl_xor_sync(kFullWarp, value, distance);

@@ -1,6 +1,7 @@
 // The kernels' launches behind C functions, for ctypes.
 #include "../../csrc/cuda/cam.cuh"
 #include "../../csrc/cuda/cam_erase.cuh"
+#include "mistakes.h"
 
 namespace camkernels::cuda {
 namespace {
@@ -79,8 +80,8 @@ int64_t emulate_cam_bwd(const Setting* setting, const CamBwd* call) {
   return guarded(setting, [&](EmulatorLauncher& launcher) {
     CamBwd with_scratch = *call;
     const auto size = static_cast<size_t>(cam_bwd_scratch(*call));
-    std::vector<float> scratch(size, NAN);
-    with_scratch.scratch = scratch.data();
+    std::vector<double> scratch(size / 2 + 1, NAN);  // aligned as torch aligns its tensors
+    with_scratch.scratch = reinterpret_cast<float*>(scratch.data());
     launch_cam_bwd(launcher, with_scratch);
   });
 }
@@ -98,6 +99,14 @@ int64_t emulate_cam_erase_bwd(const Setting* setting, const CamEraseBwd* call, c
     CamEraseBwd filled = *call;
     set_fill(filled.erasing, fill, count);
     launch_cam_erase_bwd(launcher, filled);
+  });
+}
+
+// from, to: [blocks * threads]
+int64_t emulate_reverse(const Setting* setting, const float* from, float* to, int32_t mistake) {
+  return guarded(setting, [&](EmulatorLauncher& launcher) {
+    const LaunchShape shape{setting->cluster, setting->threads, setting->cluster, int64_t{4} * setting->threads};
+    launcher.run(emulator::reverse_kernel, shape, emulator::Reverse{from, to, static_cast<emulator::Mistake>(mistake)});
   });
 }
 

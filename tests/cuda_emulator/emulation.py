@@ -16,6 +16,15 @@ from torch import Tensor
 FOLDER = Path(__file__).parent
 SANITIZE = "CAMKERNELS_EMULATOR_SANITIZE"
 _DTYPES = {d: i for i, d in enumerate((torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int32, torch.int64))}
+MISTAKES = (
+    "none",
+    "no_barrier",
+    "no_cluster_barrier",
+    "diverging_barriers",
+    "thread_leaves_early",
+    "part_of_a_warp_shuffles",
+    "beyond_the_end",
+)
 _Pointer, _I64, _I32, _F32, _Bool = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.c_bool
 
 
@@ -114,7 +123,7 @@ class Emulator:
     def load(path: Path) -> "Emulator":
         library = ctypes.CDLL(str(path))
         library.emulator_error.restype = ctypes.c_char_p
-        for name in ("cam_fwd", "cam_bwd", "cam_erase_fwd", "cam_erase_bwd"):
+        for name in ("cam_fwd", "cam_bwd", "cam_erase_fwd", "cam_erase_bwd", "reverse"):
             getattr(library, f"emulate_{name}").restype = _I64
         sizes = (_I64 * 4)()
         library.emulator_sizes(sizes)
@@ -192,3 +201,14 @@ class Emulator:
         )  # fmt: skip
         colours = (ctypes.c_double * len(fill))(*fill)
         self._call("cam_erase_bwd", call, [grad_images, grad_map], colours, _I64(len(fill)))
+
+    def reverse(self, mistake: str, seed: int, cluster: int) -> str:
+        """What is wrong with a kernel that has that mistake; empty where nothing shows."""
+        setting = _Setting(seed=seed, threads=self.threads, cluster=cluster, vectors=True)
+        values = torch.arange(cluster * self.threads, dtype=torch.float32)
+        result = torch.full_like(values, torch.nan)
+        pointers = _Pointer(values.data_ptr()), _Pointer(result.data_ptr())
+        launched = self.library.emulate_reverse(ctypes.byref(setting), *pointers, _I32(MISTAKES.index(mistake)))
+        if launched < 0:
+            return str(self.library.emulator_error().decode())
+        return "" if torch.equal(result, values.flip(0)) else "a wrong result"
