@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
 """Class activation maps: forward and backward kernels, and their launchers.
 
 Few maps per image are sums over channels, one program each; many are matrix products.
@@ -11,15 +12,17 @@ from torch import Tensor
 from camkernels.triton.front import (
     HALF_TYPES,
     INTERPRETED,
-    channel_strides,
+    alignment,
     channel_sum,
     class_of,
     extrema,
+    is_channels_last,
     merge_extrema,
     narrow,
     normalise,
     on_device_of,
     power_of_two,
+    strides_of,
 )
 
 # From this many maps on, a matrix product reads the features less often than one program per map.
@@ -65,15 +68,17 @@ def cam_fwd_kernel(
     maps,
     classes,
     channels,
-    pixels,
-    stride_c,
-    stride_p,
+    pixel_groups,  # H * W / ALIGN
     eps,
+    CHANNELS_LAST: tl.constexpr,
+    ALIGN: tl.constexpr,
     NORMALIZE: tl.constexpr,
     WHOLE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
+    pixels = pixel_groups * ALIGN
+    stride_c, stride_p = strides_of(channels, pixels, CHANNELS_LAST)
     map_index = tl.program_id(0).to(tl.int64)
     features_ptr += map_index // maps * channels * pixels
     cam_ptr += map_index * pixels
@@ -99,9 +104,11 @@ def cam_fwd_kernel(
         low = float("inf")
         high = float("-inf")
         for first in range(0, pixels, BLOCK_P):
-            pixel = first + tl.arange(0, BLOCK_P)
+            lane = tl.arange(0, BLOCK_P)
+            pixel = first + lane
             inside = pixel < pixels
-            raw = channel_sum(features_ptr, row_ptr, pixel, inside, channels, stride_c, stride_p, BLOCK_C) + added
+            block_ptr = features_ptr + tl.cast(first, tl.int64) * stride_p
+            raw = channel_sum(block_ptr, row_ptr, lane, inside, channels, stride_c, stride_p, BLOCK_C) + added
             if NORMALIZE:
                 block_low, block_high = extrema(raw, inside, 0)
                 low, high = merge_extrema(low, high, block_low, block_high)
@@ -124,16 +131,18 @@ def cam_product_fwd_kernel(
     maps,
     classes,
     channels,
-    pixels,
-    stride_c,
-    stride_p,
+    pixel_groups,  # H * W / ALIGN
     eps,
+    CHANNELS_LAST: tl.constexpr,
+    ALIGN: tl.constexpr,
     NORMALIZE: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
+    pixels = pixel_groups * ALIGN
+    stride_c, stride_p = strides_of(channels, pixels, CHANNELS_LAST)
     # Blocks of maps go fastest: programs that run together read the same features.
     program = tl.program_id(0)
     map_blocks = tl.cdiv(maps, BLOCK_K)
@@ -144,23 +153,27 @@ def cam_product_fwd_kernel(
     wanted = column < maps
     map_index = image * maps + column
     label, exists = class_of(target_ptr, map_index, maps, classes, wanted)
-    pixel = program // map_blocks % pixel_blocks * BLOCK_P + tl.arange(0, BLOCK_P)
+    lane = tl.arange(0, BLOCK_P)
+    first_pixel = program // map_blocks % pixel_blocks * BLOCK_P
+    pixel = first_pixel + lane
     inside = pixel < pixels
     channel = tl.arange(0, BLOCK_C)
     weight_ptrs = weight_ptr + label[:, None] * channels + channel[None, :]
-    features_ptrs = features_ptr + channel[:, None].to(tl.int64) * stride_c + pixel[None, :].to(tl.int64) * stride_p
+    features_ptr += tl.cast(first_pixel, tl.int64) * stride_p
+    # 32 bits reach across a block of channels and pixels.
+    offset = channel[:, None] * stride_c + lane[None, :] * stride_p
 
     sums = tl.zeros([BLOCK_K, BLOCK_P], tl.float32)
     for start in range(0, channels, BLOCK_C):
         present = start + channel < channels
-        weight = tl.load(weight_ptrs, mask=wanted[:, None] & present[None, :], other=0.0)  # [BLOCK_K, BLOCK_C]
-        values = tl.load(features_ptrs, mask=present[:, None] & inside[None, :], other=0.0)  # [BLOCK_C, BLOCK_P]
+        weight = tl.load(weight_ptrs, mask=wanted[:, None] & present[None, :], other=0.0)
+        values = tl.load(features_ptr + offset, mask=present[:, None] & inside[None, :], other=0.0)
         if INTERPRETED or not HALF:  # the interpreter has no product of bfloat16
             weight = weight.to(tl.float32)
             values = values.to(tl.float32)
         sums = tl.dot(weight, values, sums, input_precision="ieee")
         weight_ptrs += BLOCK_C
-        features_ptrs += tl.cast(stride_c, tl.int64) * BLOCK_C
+        features_ptr += tl.cast(stride_c, tl.int64) * BLOCK_C
 
     if bias_ptr is not None:
         sums += tl.load(bias_ptr + label).to(tl.float32)[:, None]
@@ -250,12 +263,14 @@ def cam_bwd_kernel(
     maps,
     classes,
     channels,
-    pixels,
-    stride_c,
-    stride_p,
+    pixel_groups,  # H * W / ALIGN
+    CHANNELS_LAST: tl.constexpr,
+    ALIGN: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
+    pixels = pixel_groups * ALIGN
+    stride_c, stride_p = strides_of(channels, pixels, CHANNELS_LAST)
     program = tl.program_id(0)
     channel_blocks = tl.cdiv(channels, BLOCK_C)
     image = (program // channel_blocks).to(tl.int64)
@@ -268,17 +283,17 @@ def cam_bwd_kernel(
             pixel = first + tl.arange(0, BLOCK_P)
             inside = pixel < pixels
             grad = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
-            for k in range(0, maps):
+            for k in range(maps):
                 label, exists = class_of(target_ptr, image * maps + k, maps, classes)
-                weight = tl.load(weight_ptr + label * channels + channel, mask=present, other=0.0).to(tl.float32)
-                weight = tl.where(exists, weight, float("nan"))
+                weight = tl.load(weight_ptr + label * channels + channel, mask=present, other=0.0)
+                weight = tl.where(exists, weight.to(tl.float32), float("nan"))
                 grad_raw = tl.load(grad_raw_ptr + k * pixels + pixel, mask=inside, other=0.0).to(tl.float32)
                 grad += weight[:, None] * grad_raw[None, :]
             offset = offset_c + pixel[None, :].to(tl.int64) * stride_p
             grad = narrow(grad, grad_features_ptr.dtype.element_ty)
             tl.store(grad_features_ptr + offset, grad, mask=present[:, None] & inside[None, :])
     if rows_ptr is not None:
-        for k in range(0, maps):
+        for k in range(maps):
             sums = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
             for first in range(0, pixels, BLOCK_P):
                 pixel = first + tl.arange(0, BLOCK_P)
@@ -350,7 +365,9 @@ def cam_bias_bwd_kernel(
     sums = tl.zeros([BLOCK_P], tl.float32)
     for first in range(0, pixels, BLOCK_P):
         pixel = first + tl.arange(0, BLOCK_P)
-        sums += class_sum(grad_cam_ptr, target_ptr, label, images, maps, classes, pixel, pixel < pixels, pixels, BLOCK_M)
+        sums += class_sum(
+            grad_cam_ptr, target_ptr, label, images, maps, classes, pixel, pixel < pixels, pixels, BLOCK_M
+        )
     tl.store(grad_bias_ptr + label, tl.sum(sums, 0))
 
 
@@ -363,13 +380,15 @@ def cam_product_features_bwd_kernel(
     maps,
     classes,
     channels,
-    pixels,
-    stride_c,
-    stride_p,
+    pixel_groups,  # H * W / ALIGN
+    CHANNELS_LAST: tl.constexpr,
+    ALIGN: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
+    pixels = pixel_groups * ALIGN
+    stride_c, stride_p = strides_of(channels, pixels, CHANNELS_LAST)
     program = tl.program_id(0)
     channel_blocks = tl.cdiv(channels, BLOCK_C)
     pixel_blocks = tl.cdiv(pixels, BLOCK_P)
@@ -406,13 +425,15 @@ def cam_product_weight_bwd_kernel(
     maps,
     classes,
     channels,
-    pixels,
-    stride_c,
-    stride_p,
+    pixel_groups,  # H * W / ALIGN
+    CHANNELS_LAST: tl.constexpr,
+    ALIGN: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
+    pixels = pixel_groups * ALIGN
+    stride_c, stride_p = strides_of(channels, pixels, CHANNELS_LAST)
     program = tl.program_id(0)
     channel_blocks = tl.cdiv(channels, BLOCK_C)
     channel = program % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -420,7 +441,7 @@ def cam_product_weight_bwd_kernel(
     label = (program // channel_blocks * BLOCK_L + tl.arange(0, BLOCK_L)).to(tl.int64)
     known = label < classes
     sums = tl.zeros([BLOCK_L, BLOCK_C], tl.float32)
-    for image in range(0, images):
+    for image in range(images):
         first_map = tl.cast(image, tl.int64) * maps
         first_value = tl.cast(image, tl.int64) * channels * pixels
         for first in range(0, pixels, BLOCK_P):
@@ -432,18 +453,20 @@ def cam_product_weight_bwd_kernel(
             else:
                 # Added one by one, not by a product with zeros and ones: 0 * NaN would reach other classes.
                 grad = tl.zeros([BLOCK_L, BLOCK_P], tl.float32)
-                for k in range(0, maps):
+                for k in range(maps):
                     of_map = tl.load(target_ptr + first_map + k).to(tl.int64)
                     grad_ptrs = grad_raw_ptr + (first_map + k) * pixels + pixel
                     grad_raw = tl.load(grad_ptrs, mask=inside, other=0.0).to(tl.float32)
                     grad += tl.where((label == of_map)[:, None], grad_raw[None, :], 0.0)
             offset = channel[None, :].to(tl.int64) * stride_c + pixel[:, None].to(tl.int64) * stride_p
+            wanted = inside[:, None] & present[None, :]
             values = tl.load(
-                features_ptr + first_value + offset, mask=inside[:, None] & present[None, :], other=0.0
-            ).to(tl.float32)  # [BLOCK_P, BLOCK_C]
-            sums = tl.dot(grad, values, sums, input_precision="ieee")
+                features_ptr + first_value + offset, mask=wanted, other=0.0
+            )  # [BLOCK_P, BLOCK_C]
+            sums = tl.dot(grad, values.to(tl.float32), sums, input_precision="ieee")
+    sums = narrow(sums, grad_weight_ptr.dtype.element_ty)
     grad_ptrs = grad_weight_ptr + label[:, None] * channels + channel[None, :]
-    tl.store(grad_ptrs, narrow(sums, grad_weight_ptr.dtype.element_ty), mask=known[:, None] & present[None, :])
+    tl.store(grad_ptrs, sums, mask=known[:, None] & present[None, :])
 
 
 def launch_cam_fwd(
@@ -459,35 +482,43 @@ def launch_cam_fwd(
 ) -> None:
     images, channels, height, width = features.shape
     maps, classes, pixels = cam.shape[1], weight.shape[0], height * width
-    strides = channel_strides(features)
+    align = alignment(pixels)
     kept = cam32 if cam32.numel() else None
-    sizes = maps, classes, channels, pixels, *strides, eps
+    sizes = maps, classes, channels, pixels // align, eps
+    layout = {"CHANNELS_LAST": is_channels_last(features), "ALIGN": align}
     tensors = features, weight, target, bias, cam, kept, extent
     if maps < MANY_MAPS:
         block_p = power_of_two(pixels, 1, WHOLE_MAP)
+        # As many loads in flight as registers hold; loads of single values need an offset for each.
+        in_flight = 16384 if align >= 4 or layout["CHANNELS_LAST"] else 8192
+        block_c = power_of_two(channels, 1, in_flight // block_p)
         cam_fwd_kernel[(images * maps,)](
             *tensors,
             *sizes,
+            **layout,
             NORMALIZE=normalize,
             WHOLE=pixels <= block_p,
-            BLOCK_C=power_of_two(channels, 1, 8192 // block_p),
+            BLOCK_C=block_c,
             BLOCK_P=block_p,
-            num_warps=8,
+            num_warps=power_of_two(block_c * block_p // 512, 4, 16),
         )
         return
     whole = pixels <= WHOLE_MAP
-    block_k, block_p = (32, power_of_two(pixels, 16, WHOLE_MAP)) if normalize and whole else (64, 64)
     # A product of two half types is exact in float32; any other pair is widened first.
     half = features.dtype in HALF_TYPES and weight.dtype == features.dtype
+    block_k, block_p = 64, 64
+    if normalize and whole:
+        block_k, block_p = 32 if half else 16, power_of_two(pixels, 16, WHOLE_MAP)
     cam_product_fwd_kernel[(images * triton.cdiv(maps, block_k) * triton.cdiv(pixels, block_p),)](
         *tensors,
         *sizes,
+        **layout,
         NORMALIZE=normalize and whole,
         HALF=half,
         BLOCK_K=block_k,
-        BLOCK_C=32,
+        BLOCK_C=32 if half else 16,
         BLOCK_P=block_p,
-        num_warps=4 if block_k * block_p <= 4096 else 8,
+        num_warps=power_of_two(block_k * block_p // 512, 4, 8),
     )
     if normalize and not whole:
         normalise_kernel[(images * maps,)](
@@ -528,7 +559,8 @@ def cam_bwd(
 ) -> None:
     images, channels, height, width = features.shape
     maps, classes, pixels = grad_cam.shape[1], weight.shape[0], height * width
-    strides = channel_strides(features)
+    align = alignment(pixels)
+    layout = {"CHANNELS_LAST": is_channels_last(features), "ALIGN": align}
     with on_device_of(features):
         if need_bias and normalize:
             grad_bias.zero_()
@@ -541,7 +573,7 @@ def cam_bwd(
                 maps,
                 classes,
                 pixels,
-                BLOCK_M=power_of_two(images * maps, 1, 16),
+                BLOCK_M=16,
                 BLOCK_P=power_of_two(pixels, 1, 128),
                 num_warps=4,
             )
@@ -551,9 +583,16 @@ def cam_bwd(
         if normalize:
             grad_raw = torch.empty_like(grad_cam, dtype=torch.float32)
             normalise_bwd_kernel[(images * maps,)](
-                grad_cam, cam, extent, grad_raw, pixels, eps, BLOCK_P=power_of_two(pixels, 1, 1024), num_warps=4
+                grad_cam,
+                cam,
+                extent,
+                grad_raw,
+                pixels,
+                eps,
+                BLOCK_P=power_of_two(pixels, 1, 1024),
+                num_warps=4,
             )
-        sizes = maps, classes, channels, pixels, *strides
+        sizes = maps, classes, channels, pixels // align
         if maps < MANY_MAPS:
             rows = features.new_empty((images, maps, channels), dtype=torch.float32) if need_weight else None
             block_p = power_of_two(pixels, 1, 256)
@@ -566,9 +605,10 @@ def cam_bwd(
                 grad_features if need_features else None,
                 rows,
                 *sizes,
+                **layout,
                 BLOCK_C=block_c,
                 BLOCK_P=block_p,
-                num_warps=4,
+                num_warps=8,
             )
             if need_weight:
                 block_c = power_of_two(channels, 1, 128)
@@ -580,7 +620,7 @@ def cam_bwd(
                     maps,
                     classes,
                     channels,
-                    BLOCK_M=power_of_two(images * maps, 1, 16),
+                    BLOCK_M=16,
                     BLOCK_C=block_c,
                     num_warps=4,
                 )
@@ -593,21 +633,23 @@ def cam_bwd(
                 target,
                 grad_features,
                 *sizes,
-                BLOCK_K=32,
+                **layout,
+                BLOCK_K=16,
                 BLOCK_C=64,
                 BLOCK_P=64,
-                num_warps=4,
+                num_warps=8,
             )
         if need_weight:
-            cam_product_weight_bwd_kernel[(triton.cdiv(classes, 64) * triton.cdiv(channels, 64),)](
+            cam_product_weight_bwd_kernel[(triton.cdiv(classes, 64) * triton.cdiv(channels, 32),)](
                 grad_raw,
                 features,
                 target,
                 grad_weight,
                 images,
                 *sizes,
+                **layout,
                 BLOCK_L=64,
-                BLOCK_C=64,
-                BLOCK_P=32,
-                num_warps=4,
+                BLOCK_C=32,
+                BLOCK_P=16,
+                num_warps=8,
             )

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
 """The image with the peak of its class activation map erased: kernels and launchers.
 
 A kernel sees an image as planes of rows: D planes with W0 values a row or, channels_last, one plane with
@@ -9,7 +10,15 @@ import triton.language as tl
 from torch import Tensor
 
 from camkernels.triton.cam import launch_cam_fwd
-from camkernels.triton.front import channel_strides, narrow, on_device_of, power_of_two, sigmoid, taps, upsample
+from camkernels.triton.front import (
+    is_channels_last,
+    narrow,
+    on_device_of,
+    power_of_two,
+    sigmoid,
+    taps,
+    upsample,
+)
 
 
 @triton.jit
@@ -39,6 +48,7 @@ def erase_kernel(
     SOFT: tl.constexpr,
     NEAREST: tl.constexpr,
     GROUP: tl.constexpr,
+    SECTOR: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
@@ -47,24 +57,24 @@ def erase_kernel(
     tiles_x = tl.cdiv(length, BLOCK_W)
     tiles_y = tl.cdiv(height, BLOCK_H)
     image = (program // (tiles_x * tiles_y)).to(tl.int64)
-    y = program // tiles_x % tiles_y * BLOCK_H + tl.arange(0, BLOCK_H)
-    column = program % tiles_x * BLOCK_W + tl.arange(0, BLOCK_W)
-    inside = (y < height)[:, None] & (column < length)[None, :]
-    # Rows and columns past the image read the last cells: no load of the map needs a mask.
-    low_y, high_y, weight_y = taps(y, scale_y, map_height, NEAREST)
-    low_x, high_x, weight_x = taps(column // GROUP, scale_x, map_width, NEAREST)
+    y = (program // tiles_x % tiles_y * BLOCK_H + tl.arange(0, BLOCK_H))[:, None, None]
+    # A tile as rows of memory sectors: a sector is read unless all of it is erased, and in whole vectors.
+    sectors = tl.arange(0, BLOCK_W // SECTOR) * SECTOR
+    column = program % tiles_x * BLOCK_W + sectors[None, :, None] + tl.arange(0, SECTOR)[None, None, :]
+    inside = (y < height) & (column < length)
     map_ptr += image * map_height * map_width
-    heat = upsample(map_ptr, map_width, low_y, high_y, weight_y, low_x, high_x, weight_x)
+    heat = upsample(map_ptr, map_width, y, column // GROUP, scale_y, scale_x, map_height, NEAREST)
     above = heat > threshold
+    wanted = inside & (tl.min(above.to(tl.int32), 2, keep_dims=True) == 0)
     gate = sigmoid(sharpness * (heat - threshold))
-    offset = image * planes * height * length + y.to(tl.int64)[:, None] * length + column[None, :]
-    for plane in range(0, planes):
-        colour = narrow(fill_of(fill, plane + column[None, :] % GROUP), images_ptr.dtype.element_ty)
+    offset = image * planes * height * length + y.to(tl.int64) * length + column
+    for plane in range(planes):
+        colour = narrow(fill_of(fill, plane + column % GROUP), images_ptr.dtype.element_ty)
         if SOFT:
             pixel = tl.load(images_ptr + offset, mask=inside, other=0.0).to(tl.float32)
             erased = narrow(pixel * (1.0 - gate) + colour.to(tl.float32) * gate, images_ptr.dtype.element_ty)
         else:
-            pixel = tl.load(images_ptr + offset, mask=inside & ~above, other=0.0)
+            pixel = tl.load(images_ptr + offset, mask=wanted, other=0.0)
             erased = tl.where(above, colour, pixel)
         tl.store(erased_ptr + offset, erased, mask=inside)
         offset += tl.cast(height, tl.int64) * length
@@ -72,7 +82,7 @@ def erase_kernel(
 
 @triton.jit
 def first_row_of(cell, scale, size, length, NEAREST: tl.constexpr):
-    """The first row of the image whose upper tap is ``cell`` or below it in the map; ``length`` if none is."""
+    """The first row of the image whose upper tap is ``cell`` or one below it; ``length`` if none is."""
     guess = cell.to(tl.float32) / scale if NEAREST else (cell.to(tl.float32) + 0.5) / scale - 0.5
     # The guess is off by rounding; the taps themselves, which only rise, decide.
     start = tl.maximum(guess.to(tl.int32) - 3, 0)
@@ -115,7 +125,6 @@ def cam_erase_bwd_kernel(
     image = (program // (tiles * map_height)).to(tl.int64)
     cell_y = program // tiles % map_height
     column = program % tiles * BLOCK_W + tl.arange(0, BLOCK_W)
-    low_x, high_x, weight_x = taps(column // GROUP, scale_x, map_width, NEAREST)
     map_ptr += image * map_height * map_width
     offset_n = image * planes * height * length
     upper_sum = tl.zeros([BLOCK_H, BLOCK_W], tl.float32)
@@ -125,12 +134,12 @@ def cam_erase_bwd_kernel(
     for start in range(first_row, end_row, BLOCK_H):
         y = start + tl.arange(0, BLOCK_H)
         inside = (y < end_row)[:, None] & (column < length)[None, :]
-        low_y, high_y, weight_y = taps(y, scale_y, map_height, NEAREST)
-        heat = upsample(map_ptr, map_width, low_y, high_y, weight_y, low_x, high_x, weight_x)
+        pixel_x = column[None, :] // GROUP
+        heat = upsample(map_ptr, map_width, y[:, None], pixel_x, scale_y, scale_x, map_height, NEAREST)
         gate = sigmoid(sharpness * (heat - threshold))
         offset = offset_n + y.to(tl.int64)[:, None] * length + column[None, :]
         grad_gate = tl.zeros([BLOCK_H, BLOCK_W], tl.float32)
-        for plane in range(0, planes):
+        for plane in range(planes):
             grad = tl.load(grad_ptr + offset, mask=inside, other=0.0).to(tl.float32)
             pixel = tl.load(images_ptr + offset, mask=inside, other=0.0).to(tl.float32)
             colour = narrow(fill_of(fill, plane + column[None, :] % GROUP), images_ptr.dtype.element_ty)
@@ -140,13 +149,16 @@ def cam_erase_bwd_kernel(
                 tl.store(grad_images_ptr + offset, grad_pixel, mask=inside)
             offset += tl.cast(height, tl.int64) * length
         grad_heat = tl.where(inside, grad_gate * (sharpness * gate * (1.0 - gate)), 0.0)
+        _, _, weight_y = taps(y, scale_y, map_height, NEAREST)
         upper_sum += grad_heat * (1.0 - weight_y)[:, None]
         lower_sum += grad_heat * weight_y[:, None]
 
+    low_x, high_x, weight_x = taps(column // GROUP, scale_x, map_width, NEAREST)
     first_cell, _, _ = taps(program % tiles * BLOCK_W // GROUP, scale_x, map_width, NEAREST)
     cell = tl.arange(0, CELLS)
+    # What each column gives each cell: [BLOCK_W, CELLS].
     share = tl.where((low_x - first_cell)[:, None] == cell[None, :], 1.0 - weight_x[:, None], 0.0)
-    share += tl.where((high_x - first_cell)[:, None] == cell[None, :], weight_x[:, None], 0.0)  # [BLOCK_W, CELLS]
+    share += tl.where((high_x - first_cell)[:, None] == cell[None, :], weight_x[:, None], 0.0)
     sums_ptr += program.to(tl.int64) * 2 * CELLS
     tl.store(sums_ptr + cell, tl.sum(tl.sum(upper_sum, 0)[:, None] * share, 0))
     tl.store(sums_ptr + CELLS + cell, tl.sum(tl.sum(lower_sum, 0)[:, None] * share, 0))
@@ -175,13 +187,13 @@ def cell_sums_kernel(
     total = tl.zeros([BLOCK], tl.float32)
     if grad_cam_ptr is not None:
         total += tl.load(grad_cam_ptr + cell, mask=inside, other=0.0).to(tl.float32)
-    for tile in range(0, tiles):
+    for tile in range(tiles):
         first_cell, _, _ = taps(tile * BLOCK_W // GROUP, scale_x, map_width, NEAREST)
         place = cell_x - first_cell
         near = inside & (place >= 0) & (place < CELLS)
         upper = sums_ptr + (cell // map_width * tiles + tile) * (2 * CELLS) + place
         total += tl.load(upper, mask=near, other=0.0)
-        # The lower share of the rows above it; the last row of the map has its own too, as it is its own lower tap.
+        # The lower share of the rows above; the last row of the map is its own lower tap.
         total += tl.load(upper - (2 * tiles - 1) * CELLS, mask=near & (cell_y > 0), other=0.0)
         total += tl.load(upper + CELLS, mask=near & (cell_y == map_height - 1), other=0.0)
     tl.store(grad_map_ptr + cell, total, mask=inside)
@@ -190,7 +202,7 @@ def cell_sums_kernel(
 def planes_of(images: Tensor) -> tuple[int, int]:
     """Planes of the image and values of a row that share a pixel."""
     channels = images.shape[1]
-    return (1, channels) if channels > 1 and channel_strides(images)[0] == 1 else (channels, 1)
+    return (1, channels) if is_channels_last(images) else (channels, 1)
 
 
 def tile_width(length: int, itemsize: int) -> int:
@@ -230,6 +242,7 @@ def erase(
         SOFT=sharpness > 0,
         NEAREST=nearest,
         GROUP=group,
+        SECTOR=32 // images.element_size(),
         BLOCK_H=block_h,
         BLOCK_W=block_w,
         num_warps=4,

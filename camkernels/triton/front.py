@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
 """Device functions that the kernels share, and the guard under which launchers start them."""
 
 import os
@@ -24,12 +25,26 @@ def power_of_two(value: int, low: int, high: int) -> int:
     return min(max(triton.next_power_of_2(value), low), high)
 
 
-def channel_strides(tensor: Tensor) -> tuple[int, int]:
-    """Strides of channel and pixel of a dense ``[N, C, H, W]``; an image is C * H * W apart in both layouts."""
-    _, channels, height, width = tensor.shape
-    if channels > 1 and tensor.stride(1) == 1:
+def is_channels_last(tensor: Tensor) -> bool:
+    """Of a dense ``[N, C, H, W]``; strides of a dimension of size 1 mean nothing."""
+    return tensor.shape[1] > 1 and tensor.stride(1) == 1
+
+
+def alignment(pixels: int) -> int:
+    """The power of two, up to 16, that divides ``pixels``.
+
+    Triton by itself vectorises for multiples of 16 only; 14 * 14 is one of 4, which is a vector of float32.
+    """
+    return min(pixels & -pixels, 16)
+
+
+@triton.jit
+def strides_of(channels, pixels, CHANNELS_LAST: tl.constexpr):
+    """Strides of channel and pixel; images are channels * pixels apart in either layout."""
+    if CHANNELS_LAST:
         return 1, channels
-    return height * width, 1
+    else:
+        return pixels, 1
 
 
 @triton.jit
@@ -59,17 +74,18 @@ def class_of(target_ptr, map_index, maps, classes, mask=None):
 
 @triton.jit
 def channel_sum(features_ptr, row_ptr, pixel, inside, channels, stride_c, stride_p, BLOCK_C: tl.constexpr):
-    """Weighted sum over channels at the pixels ``pixel`` [P], in float32."""
+    """Weighted sum over channels at the pixels ``pixel`` [P] from ``features_ptr`` on, in float32."""
     channel = tl.arange(0, BLOCK_C)
-    pointers = features_ptr + channel[:, None].to(tl.int64) * stride_c + pixel[None, :].to(tl.int64) * stride_p
+    # 32 bits reach across a block of channels: in 64 the offsets of one block fill half the registers.
+    offset = channel[:, None] * stride_c + pixel[None, :] * stride_p
     # One sum per channel of the block: no reduction across threads until the last channel is read.
     sums = tl.zeros([BLOCK_C, pixel.shape[0]], tl.float32)
     for start in range(0, channels, BLOCK_C):
         present = start + channel < channels
         weight = tl.load(row_ptr + start + channel, mask=present, other=0.0).to(tl.float32)  # [BLOCK_C]
-        values = tl.load(pointers, mask=present[:, None] & inside[None, :], other=0.0)  # [BLOCK_C, P]
+        values = tl.load(features_ptr + offset, mask=present[:, None] & inside[None, :], other=0.0)
         sums += weight[:, None] * values.to(tl.float32)
-        pointers += tl.cast(stride_c, tl.int64) * BLOCK_C
+        features_ptr += tl.cast(stride_c, tl.int64) * BLOCK_C
     return tl.sum(sums, 0)
 
 
@@ -128,13 +144,18 @@ def resample(low, high, weight):
 
 
 @triton.jit
-def upsample(map_ptr, map_width, low_y, high_y, weight_y, low_x, high_x, weight_x):
-    """The map [H, W] at rows [R] and columns [P]: [R, P]."""
-    upper_ptr = map_ptr + low_y.to(tl.int64)[:, None] * map_width
-    lower_ptr = map_ptr + high_y.to(tl.int64)[:, None] * map_width
-    upper = resample(tl.load(upper_ptr + low_x[None, :]), tl.load(upper_ptr + high_x[None, :]), weight_x[None, :])
-    lower = resample(tl.load(lower_ptr + low_x[None, :]), tl.load(lower_ptr + high_x[None, :]), weight_x[None, :])
-    return resample(upper, lower, weight_y[:, None])
+def upsample(map_ptr, map_width, y, x, scale_y, scale_x, map_height, NEAREST: tl.constexpr):
+    """The map [H, W] at rows ``y`` and columns ``x``, which broadcast against each other.
+
+    What lies past the image reads the last cells, so that no load needs a mask.
+    """
+    low_y, high_y, weight_y = taps(y, scale_y, map_height, NEAREST)
+    low_x, high_x, weight_x = taps(x, scale_x, map_width, NEAREST)
+    upper_ptr = map_ptr + low_y.to(tl.int64) * map_width
+    lower_ptr = map_ptr + high_y.to(tl.int64) * map_width
+    upper = resample(tl.load(upper_ptr + low_x), tl.load(upper_ptr + high_x), weight_x)
+    lower = resample(tl.load(lower_ptr + low_x), tl.load(lower_ptr + high_x), weight_x)
+    return resample(upper, lower, weight_y)
 
 
 @triton.jit

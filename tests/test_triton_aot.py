@@ -1,0 +1,54 @@
+"""Every Triton kernel compiles for every GPU generation it must serve, and fits there."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+# What a block may have on sm_86, sm_89 and sm_120, the least of the GPUs served.
+SHARED_BYTES = 99 * 1024
+CAPABILITIES = (80, 90, 100)
+
+
+@pytest.fixture(scope="session")
+def report() -> dict[str, Any]:
+    here = Path(__file__).parent
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(here.parent), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, "-W", "error", str(here / "triton_aot.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def of(report: dict[str, Any], capability: int) -> list[dict[str, Any]]:
+    return [row for row in report["compiled"] if row["capability"] == capability]
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_kernel_is_compiled(report, capability):
+    assert {row["kernel"] for row in of(report, capability)} == set(report["kernels"])
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_no_kernel_spills(report, capability):
+    spilling = [row for row in of(report, capability) if row["spilled_bytes"]]
+    assert not spilling
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_kernel_fits_in_shared_memory(report, capability):
+    large = [row for row in of(report, capability) if row["shared_bytes"] > SHARED_BYTES]
+    assert not large
+
+
+@pytest.mark.parametrize("kernel", ["erase_kernel", "cam_erase_bwd_kernel"])
+def test_image_stage_loads_whole_vectors(report, kernel):
+    """224 pixels a row: 16 bytes a load, masked by erased sectors or not."""
+    assert {row["widest_load"] for row in report["compiled"] if row["kernel"] == kernel} == {4}

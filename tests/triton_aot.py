@@ -1,0 +1,191 @@
+"""Compiles the Triton kernels for GPUs that need not be here, and prints what each needs as JSON.
+
+Runs in a process of its own, without TRITON_INTERPRET: the public functions are called on CPU tensors, and
+instead of starting, a kernel's launch is recorded. So what is compiled is what a launcher would start.
+"""
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # its default, which it warns about without a GPU
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+import camkernels
+import camkernels.triton
+from camkernels import _backend
+
+CAPABILITIES = (80, 90, 100)
+POINTERS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
+ALIGNED = [["tt.divisibility", 16]]
+
+
+def kernels() -> dict[str, JITFunction]:
+    """Every kernel of the package, by name."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("camkernels.triton.")]
+    found = {name: value for module in modules for name, value in vars(module).items()}
+    return {
+        name: value for name, value in found.items() if isinstance(value, JITFunction) and "_kernel" in name
+    }
+
+
+def specialise(value: Any) -> tuple[Any, Any, Any]:
+    """Type, constant value and attributes that Triton gives an argument at a launch."""
+    if isinstance(value, tuple):
+        return tuple(specialise(item)[0] for item in value), None, None
+    if isinstance(value, Tensor):
+        return POINTERS[value.dtype], None, ALIGNED if value.data_ptr() % 16 == 0 else None
+    if isinstance(value, float):
+        return "fp32", None, None
+    if value is None or isinstance(value, bool) or value == 1:
+        return "constexpr", value, None
+    return "i32" if value < 2**31 else "i64", None, ALIGNED if value % 16 == 0 else None
+
+
+def describe(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+    kwargs.pop("grid"), kwargs.pop("warmup")
+    given = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
+    signature, constants, attributes = {}, {}, {}
+    for place, parameter in enumerate(kernel.params):
+        value = given.pop(parameter.name)
+        kind, constant, attribute = (
+            ("constexpr", value, None) if parameter.is_constexpr else specialise(value)
+        )
+        signature[parameter.name] = kind
+        if kind == "constexpr":
+            constants[parameter.name] = constant
+        if attribute:
+            attributes[(place,)] = attribute
+    assert not given, f"{kernel.__name__} has no {list(given)}"
+    return kernel.__name__, signature, constants, attributes, options
+
+
+def record() -> list[tuple[Any, ...]]:
+    """What the launchers start for typical inputs: each dtype, both layouts, each option."""
+    launches: dict[str, tuple[Any, ...]] = {}
+
+    def run(kernel: JITFunction, *args: Any, **kwargs: Any) -> None:
+        launch = describe(kernel, args, kwargs)
+        launches.setdefault(repr(launch), launch)
+
+    JITFunction.run = run
+    _backend.why_not = lambda *_: None  # recording needs no GPU
+    camkernels.use_backend("triton")
+
+    def features_of(
+        dtype: torch.dtype, layout: torch.memory_format, size: int, channels: int = 256
+    ) -> Tensor:
+        return torch.empty((2, channels, size, size), dtype=dtype, memory_format=layout, requires_grad=True)
+
+    def backward(*outputs: Tensor) -> None:
+        torch.autograd.backward(
+            [out for out in outputs if out.requires_grad],
+            [torch.empty_like(o) for o in outputs if o.requires_grad],
+        )
+
+    layouts = torch.contiguous_format, torch.channels_last
+    # Features and weight; the last pair is autocast's.
+    dtypes = (
+        (torch.float32, torch.float32),
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.float32),
+    )
+    target = torch.empty((2, 3), dtype=torch.int64)
+    many = torch.empty((2, 20), dtype=torch.int64)
+    for (dtype, weight_dtype), layout in itertools.product(dtypes, layouts):
+        weight = torch.empty((365, 256), dtype=weight_dtype, requires_grad=True)
+        bias = torch.empty(365, dtype=weight_dtype, requires_grad=True)
+        for size in (7, 14, 40):
+            features = features_of(dtype, layout, size)
+            backward(camkernels.fused_cam(features, weight, target[:, 0]))
+            backward(camkernels.fused_cam(features, weight))
+        backward(camkernels.fused_cam(features, weight, target, bias=bias, normalize=False))
+        backward(camkernels.fused_cam(features, weight, many, bias=bias, normalize=False))
+        features = features_of(dtype, layout, 14)
+        for sharpness, mode, need_images in (
+            (None, "bilinear", True),
+            (None, "nearest", False),
+            (10.0, "bilinear", False),
+            (10.0, "bilinear", True),
+            (10.0, "nearest", False),
+        ):
+            images = torch.empty((2, 3, 224, 224), dtype=dtype, requires_grad=need_images)
+            backward(
+                *camkernels.fused_cam_erase(
+                    features,
+                    weight,
+                    target[:, 0],
+                    images.contiguous(memory_format=layout),
+                    sharpness=sharpness,
+                    mode=mode,
+                    fill=(0.1, 0.2, 0.3) if need_images else 0.0,
+                )
+            )
+    return list(launches.values())
+
+
+def compile_for(capability: int, launch: tuple[Any, ...]) -> dict[str, Any]:
+    name, signature, constants, attributes, options = launch
+    source = ASTSource(kernels()[name], signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin.name]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    used = {key: int(number) for key, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    return {
+        "kernel": name,
+        "capability": capability,
+        "case": {k: v for k, v in signature.items() if v != "constexpr"} | constants,
+        "registers": used["REG"],
+        "spilled_bytes": used["STACK"] + used["LOCAL"],
+        "shared_bytes": compiled.metadata.shared,
+        "widest_load": max(map(int, re.findall(r"ld\.global[\w.:]*\.v(\d)", compiled.asm["ptx"])), default=1),
+    }
+
+
+def jobs_of(launches: list[tuple[Any, ...]]) -> list[tuple[int, tuple[Any, ...]]]:
+    """All launches for sm_90, and of each kernel every third for the others."""
+    jobs = []
+    seen: Counter[str] = Counter()
+    for launch in launches:
+        name = launch[0]
+        sampled = seen[name] % 3 == 0
+        seen[name] += 1
+        jobs += [(capability, launch) for capability in CAPABILITIES if sampled or capability == 90]
+    return jobs
+
+
+def main() -> None:
+    jobs = jobs_of(record())
+    with ProcessPoolExecutor(2, mp_context=get_context("fork")) as pool:
+        compiled = list(pool.map(compile_for, *zip(*jobs, strict=True), chunksize=4))
+    print(json.dumps({"kernels": sorted(kernels()), "compiled": compiled}))
+
+
+if __name__ == "__main__":
+    main()
