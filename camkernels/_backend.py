@@ -92,7 +92,6 @@ def setting() -> str:
     return _setting
 
 
-@torch.compiler.assume_constant_result  # it looks for files and libraries, which Dynamo cannot trace
 def resolve(function: str, requested: str, device_type: str, dtype: torch.dtype) -> str:
     """The backend that serves this call of ``function``."""
     if requested == "auto":
@@ -106,6 +105,12 @@ def resolve(function: str, requested: str, device_type: str, dtype: torch.dtype)
             f"{function}: backend {requested!r} cannot serve {device_type} tensors of {dtype}: {reason}"
         )
     return requested
+
+
+# resolve looks for files and libraries, which Dynamo cannot trace; its answer is a constant of the graph.
+# This is the mark that torch.compiler.assume_constant_result leaves, without importing all of Dynamo, which
+# takes seconds, together with camkernels.
+resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class use_backend:  # noqa: N801  (reads as a function, as torch.no_grad does)

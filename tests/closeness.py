@@ -8,11 +8,12 @@ def worst_error(value: Tensor, truth: Tensor) -> float:
     return (value.double() - truth).abs().max().item() if value.numel() else 0.0
 
 
-def assert_as_close_as(ours: Tensor, theirs: Tensor, truth: Tensor, margin: float = 2.0, what: str = "") -> None:
+def assert_as_close_as(ours: Tensor, theirs: Tensor, truth: Tensor, margin: float = 4.0, what: str = "") -> None:
     """|ours - truth| <= margin * max(|theirs - truth|, one rounding of the largest value).
 
     ``theirs`` is plain PyTorch at the dtype of ``ours``; ``truth`` is the same in float64. The second term is
-    there because PyTorch may happen to be exact. NaN must stand where the truth has it.
+    there because PyTorch may happen to be exact. Worst errors of two summation orders differ by chance,
+    which the margin covers. NaN must stand where the truth has it.
 
     For float64, which has no wider truth, ``theirs`` is in float32 and its error is scaled to float64's
     rounding; twice as much is allowed, since the truth is then as inexact as what is tested.

@@ -74,7 +74,7 @@ def test_soft_erasing(backend, case):
     names = ("erased", "cam", "grad_features", "grad_weight", "grad_images")
     everything = zip(names, found.values + found.grads, plain.values + plain.grads, truth.values + truth.grads, strict=True)
     for name, mine, other, exact in everything:
-        assert_as_close_as(mine.cpu(), other, exact, margin=3.0, what=name)
+        assert_as_close_as(mine.cpu(), other, exact, what=name)
 
 
 @pytest.mark.parametrize("backend, device", KERNEL_BACKENDS)
@@ -87,7 +87,7 @@ def test_sizes_of_images(backend, device, mode, layout, size):
     assert_hard_erasing_is_right(backend, case, mode=mode)
     inputs, found, plain, truth = outcomes(backend, case, mode=mode, sharpness=4.0)
     for mine, other, exact in zip(found.grads, plain.grads, truth.grads, strict=True):
-        assert_as_close_as(mine.cpu(), other, exact, margin=3.0)
+        assert_as_close_as(mine.cpu(), other, exact)
 
 
 @pytest.mark.parametrize("backend, device", KERNEL_BACKENDS)
@@ -107,7 +107,7 @@ def test_images_of_another_dtype(backend, device, dtype, image_dtype):
     case = Case(device=device, dtype=dtype, image_dtype=image_dtype, maps="ties", channels=9)
     assert_hard_erasing_is_right(backend, case, fill=0.5)
     _, found, plain, truth = outcomes(backend, case, sharpness=5.0)
-    assert_as_close_as(found.values[0].cpu(), plain.values[0], truth.values[0], margin=3.0)
+    assert_as_close_as(found.values[0].cpu(), plain.values[0], truth.values[0])
     assert [g.dtype for g in found.grads] == [dtype, dtype, image_dtype]
 
 
@@ -306,7 +306,7 @@ def test_every_instruction_set(capability, dtype):
             assert_hard_erasing_is_right("cpu", case, fill=(0.25, -1.5, 7.0))
             _, found, plain, truth = outcomes("cpu", case, sharpness=9.0)
             for mine, other, exact in zip(found.grads, plain.grads, truth.grads, strict=True):
-                assert_as_close_as(mine, other, exact, margin=3.0)
+                assert_as_close_as(mine, other, exact)
     finally:
         _C.use_cpu_capability(chosen)
 

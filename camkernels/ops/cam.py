@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from camkernels import _backend, reference
 from camkernels._library import accumulate_dtype, define_op, memory_format
 from camkernels.ops import _checks
+from camkernels.ops._autograd import first_order
 
 
 def fused_cam(
@@ -88,7 +88,7 @@ class _Cam(torch.autograd.Function):
         return cam.squeeze(1) if target is not None and target.dim() == 1 else cam
 
     @staticmethod
-    @once_differentiable
+    @first_order("fused_cam")
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         features, weight, columns, bias, cam, extent = ctx.saved_tensors
         if grad is None:

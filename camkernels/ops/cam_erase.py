@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from camkernels import _backend, reference
 from camkernels._library import accumulate_dtype, define_op, memory_format, prepare_inputs
 from camkernels.ops import _checks
+from camkernels.ops._autograd import first_order
 from camkernels.ops.cam import allocate_maps, cam_backward, kept_map
 
 
@@ -129,7 +129,7 @@ class _CamErase(torch.autograd.Function):
         return erased, cam.squeeze(1)
 
     @staticmethod
-    @once_differentiable
+    @first_order("fused_cam_erase")
     def backward(ctx: Any, grad_erased: Tensor | None, grad_cam: Tensor | None) -> tuple[Tensor | None, ...]:
         features, weight, columns, images, cam, extent = ctx.saved_tensors
         threshold, sharpness, fill, nearest, eps, requested = ctx.options

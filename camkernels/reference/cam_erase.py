@@ -25,10 +25,11 @@ def cam_erase(
     corners = {"align_corners": False} if mode == "bilinear" else {}
     heat = F.interpolate(cam[:, None], images.shape[-2:], mode=mode, **corners)  # [N, 1, H0, W0]
     fill = [fill] if isinstance(fill, (int, float)) else fill
-    colour = torch.cat([images.new_full((1, 1, 1), value) for value in fill])  # [1 or D, 1, 1]
-    if sharpness is None:
-        erased = torch.where(heat > threshold, colour, images)
-    else:
-        gate = torch.sigmoid(sharpness * (heat - threshold)).to(accumulate_dtype(images.dtype))
-        erased = (images * (1 - gate) + colour * gate).to(images.dtype)
+    with torch.autocast(images.device.type, enabled=False):
+        colour = torch.stack([images.new_full((1, 1), value) for value in fill])  # [1 or D, 1, 1]
+        if sharpness is None:
+            erased = torch.where(heat > threshold, colour, images)
+        else:
+            gate = torch.sigmoid(sharpness * (heat - threshold)).to(accumulate_dtype(images.dtype))
+            erased = (images * (1 - gate) + colour * gate).to(images.dtype)
     return erased, cam.to(features.dtype)

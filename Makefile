@@ -1,0 +1,56 @@
+# Every goal does its own set-up in .venv; see README.md.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+RESULTS ?= benchmarks/results
+SOURCES := setup.py $(wildcard tools/*.py) $(shell find csrc -type f)
+CPP := $(shell git ls-files 'csrc/*' 'tests/cuda_emulator/*' | grep -E '\.(h|cpp|cu|cuh)$$')
+
+.PHONY: help install test demo bench lint format gpu clean
+
+help:
+	@echo "make demo     train with PCL on real images, write demo/"
+	@echo "make test     the whole test suite"
+	@echo "make bench    benchmarks of this machine, and their report"
+	@echo "make lint     ruff, clang-format, mypy"
+	@echo "make install  the environment that the others rest on"
+	@echo "make gpu RESULTS=dir   on a machine with an NVIDIA GPU and its own torch: build, test, measure"
+
+install: $(VENV)/.built
+
+$(VENV)/.packages: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "camkernels needs Python 3.10 or newer; make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/.built: $(VENV)/.packages pyproject.toml $(SOURCES)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	touch $@
+
+test: install
+	$(PY) -m pytest -q -n 2 --dist loadgroup
+
+demo: install
+	$(PY) examples/train_digit_scenes.py --method pcl --output demo
+
+bench: install
+	$(PY) -m pytest benchmarks --rows all --results benchmarks/results
+	$(PY) benchmarks/report.py
+
+lint: $(VENV)/.packages
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
+	$(PY) -m mypy
+
+format: $(VENV)/.packages
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CPP)
+
+gpu:
+	PYTHON=$(PYTHON) tools/gpu.sh $(RESULTS)
+
+clean:
+	rm -rf build $(VENV) demo camkernels/*.so *.egg-info

@@ -1,0 +1,125 @@
+"""Choosing a backend, being told why not, and the doctor."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import camkernels
+from cases import GPU, Case
+from camkernels import _backend, fused_cam, use_backend
+
+
+def python(code, **environment):
+    """A fresh interpreter with another environment; a value of None removes the variable."""
+    merged = {**os.environ, **environment}
+    merged = {name: value for name, value in merged.items() if value is not None}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=merged)
+
+
+def test_setter_and_context_manager():
+    start = _backend.setting()
+    use_backend("reference")
+    assert _backend.setting() == "reference"
+    with use_backend("cpu"):
+        assert _backend.setting() == "cpu"
+        with use_backend("auto"):
+            assert _backend.setting() == "auto"
+        assert _backend.setting() == "cpu"
+    assert _backend.setting() == "reference"
+    use_backend(start)
+
+
+def test_an_error_inside_restores_too():
+    start = _backend.setting()
+    with pytest.raises(ZeroDivisionError), use_backend("reference"):
+        raise ZeroDivisionError
+    assert _backend.setting() == start
+
+
+def test_unknown_name():
+    with pytest.raises(ValueError, match="backend is 'cdua'; allowed are auto, reference, cpu, triton, cuda"):
+        use_backend("cdua")
+
+
+@pytest.mark.skipif(GPU, reason="the message is about a machine without a GPU")
+def test_a_backend_that_cannot_serve_says_why():
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot serve here: "):
+        use_backend("cuda")
+
+
+def test_a_dtype_that_a_backend_cannot_serve_says_why():
+    case = Case(dtype=torch.float64)
+    with use_backend("triton"), pytest.raises(RuntimeError, match="fused_cam: backend 'triton' cannot serve .*float64"):
+        fused_cam(case.features(), case.weight())
+
+
+def test_auto_takes_the_compiled_kernels_on_the_cpu():
+    assert _backend.resolve("fused_cam", "auto", "cpu", torch.float32) == "cpu"
+
+
+def test_auto_falls_back_to_the_reference_elsewhere():
+    assert _backend.resolve("fused_cam", "auto", "mps", torch.float32) == "reference"
+    assert _backend.resolve("fused_cam", "auto", "cuda", torch.float64) == "reference"
+
+
+def test_environment_variable():
+    code = "import camkernels._backend as b; print(b.setting())"
+    assert python(code, CAMKERNELS_BACKEND="reference").stdout.strip() == "reference"
+    assert python(code, CAMKERNELS_BACKEND=None).stdout.strip() == "auto"
+
+
+def test_a_wrong_environment_variable_is_reported_at_the_first_call():
+    code = "import torch, camkernels; camkernels.fused_cam(torch.ones(1, 1, 2, 2), torch.ones(1, 1))"
+    result = python(code, CAMKERNELS_BACKEND="gpu")
+    assert "ValueError: camkernels: backend is 'gpu'; allowed are auto" in result.stderr
+
+
+def test_import_does_not_need_extension_triton_or_gpu():
+    """With the extension and Triton hidden, everything is still there, through the reference."""
+    code = """
+import sys
+sys.modules["camkernels._C"] = None
+sys.modules["triton"] = None
+import torch, camkernels
+from camkernels import _backend
+assert _backend.resolve("fused_cam", "auto", "cpu", torch.float32) == "reference"
+print(camkernels.fused_cam(torch.rand(1, 2, 3, 3), torch.rand(4, 2)).shape)
+try:
+    camkernels.use_backend("cpu")
+except RuntimeError as error:
+    print(error)
+"""
+    result = python(code, TRITON_INTERPRET=None)
+    assert "torch.Size([1, 4, 3, 3])" in result.stdout, result.stderr
+    assert "backend 'cpu' cannot serve here: the C++ extension" in result.stdout
+
+
+def test_import_does_not_load_triton_or_compile():
+    code = "import sys, camkernels; print([m for m in sys.modules if m in ('triton', 'camkernels._C')])"
+    assert python(code, TRITON_INTERPRET=None).stdout.strip() == "[]"
+
+
+def test_doctor():
+    result = subprocess.run([sys.executable, "-m", "camkernels", "doctor"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for line in (f"camkernels         {camkernels.__version__}", "reference  on cpu   works", "cpu        on cpu   works"):
+        assert line in result.stdout
+    assert "cuda       on cpu   no: it serves NVIDIA GPUs, not cpu" in result.stdout
+
+
+def test_public_names_are_documented():
+    for name in camkernels.__all__:
+        if not name.startswith("_"):
+            assert getattr(camkernels, name).__doc__
+
+
+def test_half_built_package_explains_itself(monkeypatch):
+    _backend.extension_error.cache_clear()
+    monkeypatch.setitem(sys.modules, "camkernels._C", None)
+    try:
+        assert "C++ extension" in _backend.extension_error()
+    finally:
+        _backend.extension_error.cache_clear()

@@ -1,0 +1,266 @@
+"""What every op promises beside its values: torch.library, torch.compile, export, autocast, devices."""
+
+import pytest
+import torch
+from torch.library import opcheck
+
+import camkernels
+from cases import BACKENDS, DEVICE, GPU, KERNEL_BACKENDS, Case, run
+from camkernels import fused_cam, fused_cam_erase
+
+
+def erase_loss(features, weight, target, images, sharpness):
+    erased, cam = fused_cam_erase(features, weight, target, images, sharpness=sharpness)
+    return (erased * erased).mean() + (cam * cam).mean()
+
+
+def erase_inputs(case):
+    return [x.requires_grad_() for x in (case.features(), case.weight(), case.pictures())]
+
+
+@pytest.mark.parametrize("backend, device", KERNEL_BACKENDS)
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("maps", [1, 2, None])
+def test_opcheck_of_cam(backend, device, normalize, maps):
+    case = Case(device=device, channels=5, shape=(3, 4))
+    target = None if maps is None else case.target(maps)
+    bias = None if normalize else case.bias()
+    forward = (case.features(), case.weight(), target, bias, normalize, 1e-8, backend)
+    opcheck(torch.ops.camkernels.cam_fwd.default, forward)
+    cam, _, extent = torch.ops.camkernels.cam_fwd(*forward)
+    backward = (torch.rand_like(cam), case.features(), case.weight(), target, cam, extent, normalize, 1e-8)
+    opcheck(torch.ops.camkernels.cam_bwd.default, (*backward, True, True, not normalize, backend))
+
+
+@pytest.mark.parametrize("backend, device", KERNEL_BACKENDS)
+@pytest.mark.parametrize("sharpness", [0.0, 5.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_opcheck_of_cam_erase(backend, device, sharpness, dtype):
+    case = Case(device=device, channels=5, shape=(3, 4), dtype=dtype)
+    target, images = case.target(1), case.pictures()
+    options = (0.7, sharpness, [0.0], False)
+    opcheck(
+        torch.ops.camkernels.cam_erase_fwd.default,
+        (case.features(), case.weight(), target, images, *options, 1e-8, backend),
+    )
+    cam = torch.rand(3, 1, 3, 4, device=device)
+    opcheck(
+        torch.ops.camkernels.cam_erase_bwd.default,
+        (torch.rand_like(images), cam, images if sharpness else None, cam, *options, True, bool(sharpness), backend),
+    )
+
+
+@pytest.mark.parametrize("backend, device", BACKENDS)
+@pytest.mark.parametrize("sharpness", [None, 5.0])
+def test_compiles_without_a_graph_break(backend, device, sharpness):
+    case = Case(device=device, channels=5)
+    inputs, target = erase_inputs(case), case.target()
+    torch.compiler.reset()
+    with camkernels.use_backend(backend):
+        compiled = torch.compile(erase_loss, fullgraph=True, backend="aot_eager")
+        found = torch.autograd.grad(
+            compiled(inputs[0], inputs[1], target, inputs[2], sharpness), inputs, allow_unused=True
+        )
+        truth = torch.autograd.grad(
+            erase_loss(inputs[0], inputs[1], target, inputs[2], sharpness), inputs, allow_unused=True
+        )
+    for mine, exact in zip(found, truth, strict=True):
+        assert torch.allclose(mine, exact, rtol=1e-5, atol=1e-6)
+
+
+def test_compiles_with_inductor_and_a_dynamic_batch():
+    torch.compiler.reset()
+    compiled = torch.compile(erase_loss, fullgraph=True, dynamic=True)
+    for images in (2, 3, 5):
+        case = Case(device=DEVICE, channels=5, images=images)
+        inputs, target = erase_inputs(case), case.target()
+        found = torch.autograd.grad(compiled(inputs[0], inputs[1], target, inputs[2], 5.0), inputs)
+        truth = torch.autograd.grad(erase_loss(inputs[0], inputs[1], target, inputs[2], 5.0), inputs)
+        for mine, exact in zip(found, truth, strict=True):
+            assert torch.allclose(mine, exact, rtol=1e-5, atol=1e-6)
+
+
+def test_a_change_of_backend_reaches_compiled_code():
+    case = Case(device=DEVICE, channels=5)
+    features, weight, target = case.features(), case.weight(), case.target()
+    torch.compiler.reset()
+    graphs = []
+
+    def record(graph, inputs):
+        graphs.append(" ".join(str(node.target) for node in graph.graph.nodes))
+        return graph
+
+    compiled = torch.compile(lambda: fused_cam(features, weight, target), backend=record)
+    for backend in ("auto", "reference"):
+        with camkernels.use_backend(backend):
+            compiled()
+    assert ["camkernels" in graph for graph in graphs] == [True, False]
+
+
+class Erase(torch.nn.Module):
+    def forward(self, features, weight, target, images):
+        return fused_cam_erase(features, weight, target, images)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_exports(dynamic):
+    case = Case(device=DEVICE)
+    arguments = (case.features(), case.weight(), case.target(), case.pictures())
+    batch = torch.export.Dim("batch", min=2, max=64)
+    shapes = {"features": {0: batch}, "weight": None, "target": {0: batch}, "images": {0: batch}}
+    program = torch.export.export(Erase(), arguments, dynamic_shapes=shapes if dynamic else None)
+    assert "camkernels.cam_erase_fwd" in str(program.graph)
+    other = Case(device=DEVICE, images=5 if dynamic else 3, seed=1)
+    arguments = (other.features(), other.weight(), other.target(), other.pictures())
+    for mine, exact in zip(program.module()(*arguments), fused_cam_erase(*arguments), strict=True):
+        assert torch.equal(mine, exact)
+
+
+@pytest.mark.parametrize("backend, device", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("features_dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_nothing(backend, device, dtype, features_dtype):
+    case = Case(device=device, dtype=features_dtype, weight_dtype=torch.float32, channels=5)
+    inputs, target = erase_inputs(case), case.target()
+    with camkernels.use_backend(backend):
+        with torch.autocast(device, dtype=dtype):
+            loss = erase_loss(inputs[0], inputs[1], target, inputs[2], 5.0)
+        plain = erase_loss(inputs[0], inputs[1], target, inputs[2], 5.0)
+        found = torch.autograd.grad(loss, inputs)
+        truth = torch.autograd.grad(plain, inputs)
+    for mine, exact in zip(found, truth, strict=True):
+        assert mine.dtype == exact.dtype
+        assert torch.allclose(mine, exact, rtol=1e-2 if features_dtype != torch.float32 else 1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend, device", KERNEL_BACKENDS)
+def test_double_backward_raises(backend, device):
+    case = Case(device=device, channels=5)
+    inputs, target = erase_inputs(case), case.target()
+    with camkernels.use_backend(backend):
+        for result in (fused_cam(inputs[0], inputs[1], target), erase_loss(inputs[0], inputs[1], target, inputs[2], 5.0)):
+            (grad,) = torch.autograd.grad(result.sum(), inputs[0], create_graph=True)
+            with pytest.raises(RuntimeError, match="there is no double backward"):
+                grad.sum().backward()
+
+
+@pytest.mark.parametrize("backend, device", BACKENDS)
+def test_without_requires_grad_and_without_grad_mode(backend, device):
+    case = Case(device=device, channels=5)
+    with camkernels.use_backend(backend):
+        erased, cam = fused_cam_erase(case.features(), case.weight(), case.target(), case.pictures())
+        assert not erased.requires_grad
+        assert not cam.requires_grad
+        inputs = erase_inputs(case)
+        with torch.no_grad():
+            assert not fused_cam(inputs[0], inputs[1]).requires_grad
+
+
+@pytest.mark.parametrize("backend, device", KERNEL_BACKENDS)
+def test_deterministic_run_to_run(backend, device):
+    case = Case(device=device, images=6, classes=2, maps="ties")  # images share classes: sums of gradients
+    inputs, target = [case.features(), case.weight(), case.pictures()], case.target()
+    torch.use_deterministic_algorithms(True)
+    try:
+        results = [
+            run(backend, lambda f, w, i: fused_cam_erase(f, w, target, i, sharpness=5.0), inputs) for _ in range(3)
+        ]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for other in results[1:]:
+        pairs = zip(results[0].values + results[0].grads, other.values + other.grads, strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("backend, device", KERNEL_BACKENDS)
+def test_backward_uses_the_backend_of_its_forward(backend, device, monkeypatch):
+    case = Case(device=device, channels=5)
+    features, weight = case.features().requires_grad_(), case.weight().requires_grad_()
+    with camkernels.use_backend(backend):
+        cam = fused_cam(features, weight, case.target())
+    seen = []
+    resolve = camkernels._backend.resolve
+    monkeypatch.setattr(
+        camkernels._backend, "resolve", lambda name, requested, *rest: seen.append(requested) or resolve(name, requested, *rest)
+    )
+    with camkernels.use_backend("reference"):
+        cam.sum().backward()
+    assert seen == [backend]
+
+
+def test_more_than_int32_elements_is_addressed_in_64_bits():
+    """The last image begins beyond 2**31 elements; batch stride is virtual, so that no such memory is needed."""
+    n, c, h, w = 5, 1024, 724, 724  # 2.68e9 elements
+    one = torch.randn(1, 8, 4, 4)
+    assert n * c * h * w > 2**31
+    # A tensor of that size in float16 is 5.4 GB; pages that are never written are never mapped.
+    features = torch.empty(n, c, h, w, dtype=torch.float16)
+    features[-1].zero_()
+    features[-1, :8, -4:, -4:] = one.half()
+    weight = torch.zeros(1, c)
+    weight[0, :8] = 1
+    cam = fused_cam(features[-1:], weight, torch.zeros(1, dtype=torch.int64), normalize=False)
+    assert torch.allclose(cam[0, -4:, -4:], one.half().float().sum(1)[0].half(), atol=1e-2)
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+class TestOnAGpu:
+    def test_nothing_synchronises(self, backend):
+        case = Case(device="cuda")
+        inputs, target = erase_inputs(case), case.target()
+        with camkernels.use_backend(backend):
+            erase_loss(inputs[0], inputs[1], target, inputs[2], 5.0).backward()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                for sharpness in (None, 5.0):
+                    erase_loss(inputs[0], inputs[1], target, inputs[2], sharpness).backward()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+    def test_cuda_graph(self, backend):
+        case = Case(device="cuda")
+        features, weight, target, images = case.features(), case.weight(), case.target(), case.pictures()
+        with camkernels.use_backend(backend):
+            fused_cam_erase(features, weight, target, images)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = fused_cam_erase(features, weight, target, images)
+            features.copy_(Case(device="cuda", seed=1).features())
+            graph.replay()
+            fresh = fused_cam_erase(features, weight, target, images)
+        assert torch.equal(captured.erased, fresh.erased)
+
+    def test_current_stream(self, backend):
+        case = Case(device="cuda", images=64, channels=256, shape=(14, 14))
+        features, weight, target, images = case.features(), case.weight(), case.target(), case.pictures()
+        stream = torch.cuda.Stream()
+        with camkernels.use_backend(backend):
+            expected = fused_cam_erase(features, weight, target, images).erased
+            torch.cuda.synchronize()
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(10_000_000)
+                features.neg_().neg_()
+                found = fused_cam_erase(features, weight, target, images).erased
+            stream.synchronize()
+        assert torch.equal(found, expected)
+
+    def test_launches_of_the_forward(self, backend):
+        case = Case(device="cuda")
+        arguments = (case.features(), case.weight(), case.target(), case.pictures())
+        with camkernels.use_backend(backend):
+            fused_cam_erase(*arguments)
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                fused_cam_erase(*arguments)
+                torch.cuda.synchronize()
+        kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        assert len(kernels) <= {"cuda": 1, "triton": 2}[backend]
+
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+    def test_second_device(self, backend):
+        case = Case(device="cuda:1")
+        with camkernels.use_backend(backend):
+            found = fused_cam(case.features(), case.weight(), case.target())
+        assert found.device.index == 1
+        plain = fused_cam(Case().features(), Case().weight(), Case().target())
+        assert torch.allclose(found.cpu(), plain, atol=1e-5)

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# On a machine with an NVIDIA GPU and its own torch, without network: build against that torch, run the
+# suite on the device, compute-sanitizer on a small case of each kernel, then the benchmark tables.
+# Everything is written to the folder given; the exit status tells whether all of it passed.
+set -uo pipefail
+results=$(mkdir -p "${1:?usage: tools/gpu.sh RESULTS}" && cd "$1" && pwd)
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+failed=()
+
+step() {  # name, seconds, command...
+  local name=$1 seconds=$2 start=$SECONDS
+  shift 2
+  timeout "$seconds" "$@" >"$results/$name.log" 2>&1
+  local status=$?
+  [ $status -eq 0 ] || failed+=("$name")
+  printf '%-12s %4d s  exit %d  %s\n' "$name" $((SECONDS - start)) $status "$(tail -n 1 "$results/$name.log")"
+}
+
+# Only this machine's architecture: the others cost time and would not run here.
+arch=$($python -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') || exit 1
+export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$arch} CAMKERNELS_CUDA=1 MAX_JOBS=${MAX_JOBS:-$(nproc)}
+step build 120 "$python" setup.py build_ext --inplace
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+step doctor 30 "$python" -m camkernels doctor
+step tests 200 "$python" -m pytest tests -q -n "$(($(nproc) < 6 ? $(nproc) : 6))" -m "not host_only"
+if command -v compute-sanitizer >/dev/null; then
+  for tool in memcheck racecheck synccheck initcheck; do
+    step "$tool" 40 compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" tools/sanitizer_case.py
+  done
+else
+  echo "compute-sanitizer is not installed: skipped"
+fi
+step benchmarks 240 "$python" -m pytest benchmarks --rows all --device cuda --results "$results"
+
+[ ${#failed[@]} -eq 0 ] && echo "all passed; results in $results" && exit 0
+echo "failed: ${failed[*]}; the logs are in $results"
+exit 1

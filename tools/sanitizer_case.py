@@ -1,0 +1,32 @@
+"""A small case of every CUDA kernel, for compute-sanitizer (see gpu.sh)."""
+
+import itertools
+
+import torch
+
+import camkernels
+
+
+def main() -> None:
+    draw = torch.Generator("cuda").manual_seed(0)
+    layouts = (torch.contiguous_format, torch.channels_last)
+    with camkernels.use_backend("cuda"):
+        for dtype, layout, (height, width) in itertools.product(
+            (torch.float32, torch.bfloat16), layouts, ((7, 7), (4, 8))
+        ):
+            features = torch.randn(2, 16, height, width, device="cuda", generator=draw)
+            features = features.to(dtype=dtype, memory_format=layout).requires_grad_()
+            images = torch.randn(2, 3, 20, 24, device="cuda", generator=draw)
+            images = images.to(dtype=dtype, memory_format=layout).requires_grad_()
+            weight = torch.randn(5, 16, device="cuda", generator=draw).requires_grad_()
+            target = torch.tensor([1, 4], device="cuda")
+            for sharpness in (None, 5.0):
+                erased, cam = camkernels.fused_cam_erase(features, weight, target, images, sharpness=sharpness)
+                (erased.float().sum() + cam.float().square().sum()).backward()
+            for classes in (target, target[:, None].expand(2, 3).contiguous(), None):
+                camkernels.fused_cam(features, weight, classes).float().square().sum().backward()
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
