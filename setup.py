@@ -78,7 +78,9 @@ def gencode_flags(architectures: str) -> list[str]:
     for entry in architectures.replace(" ", ";").split(";"):
         match = re.fullmatch(r"(\d+)\.(\d)(a?)(\+PTX)?", entry)
         if match is None:
-            raise SystemExit(f"camkernels: TORCH_CUDA_ARCH_LIST holds {entry!r}; an entry is like 9.0 or 10.0+PTX")
+            raise SystemExit(
+                f"camkernels: TORCH_CUDA_ARCH_LIST holds {entry!r}; an entry is like 9.0 or 10.0+PTX"
+            )
         arch = match[1] + match[2] + match[3]
         flags.append(f"-gencode=arch=compute_{arch},code=sm_{arch}")
         if match[4]:
@@ -141,20 +143,23 @@ def write_ninja_file(out: Path, module: Path, cuda_library: Path, nvcc: Path | N
         ninja.rule("cxx", "$cxx -MMD -MF $out.d $flags $extra -c $in -o $out", depfile="$out.d", deps="gcc")
         ninja.rule("link", f"$cxx {shared} $in -L{torch / 'lib'} $libraries -o $out")
         objects = []
+
+        def compile_cpp(name: str, source: Path, extra: str = "") -> None:
+            objects.append(name)
+            ninja.build([name], "cxx", [str(source)], variables={"extra": extra})
+
         for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
-            if source.name == "kernels.cpp":
-                continue
-            objects += ninja.build(f"{source.stem}.o", "cxx", str(source))
+            if source.name != "kernels.cpp":
+                compile_cpp(f"{source.stem}.o", source)
         for name, (table, vector_bytes, isa) in instruction_sets.items():
             extra = (
                 f'{isa} -DCAMKERNELS_ISA="\\"{name}\\"" -DCAMKERNELS_TABLE={table} '
                 f"-DCAMKERNELS_VECTOR_BYTES={vector_bytes}"
             )
-            source = str(ROOT / "csrc/cpu/kernels.cpp")
-            objects += ninja.build(f"kernels_{name}.o", "cxx", source, variables={"extra": extra})
-        objects += ninja.build("module.o", "cxx", str(ROOT / "csrc/module.cpp"), variables={"extra": python})
-        ninja.build(str(module), "link", objects, variables={"libraries": "-ltorch_cpu"})
-        ninja.build("cpu", "phony", str(module))
+            compile_cpp(f"kernels_{name}.o", ROOT / "csrc/cpu/kernels.cpp", extra)
+        compile_cpp("module.o", ROOT / "csrc/module.cpp", python)
+        ninja.build([str(module)], "link", objects, variables={"libraries": "-ltorch_cpu"})
+        ninja.build(["cpu"], "phony", [str(module)])
 
         if nvcc is not None:
             home = nvcc.parent.parent
@@ -163,7 +168,8 @@ def write_ninja_file(out: Path, module: Path, cuda_library: Path, nvcc: Path | N
             ninja.variable(
                 "nvcc_flags",
                 f"-std=c++20 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v "
-                f"-DUSE_CUDA {target} {includes.replace('-isystem ', '-I')} {' '.join(gencode_flags(architectures))}",
+                f"-DUSE_CUDA {target} {includes.replace('-isystem ', '-I')} "
+                f"{' '.join(gencode_flags(architectures))}",
             )
             # The log is kept: kernel_resources() reports the registers and spills that ptxas saw.
             ninja.rule(
@@ -172,14 +178,15 @@ def write_ninja_file(out: Path, module: Path, cuda_library: Path, nvcc: Path | N
                 depfile="$out.d",
                 deps="gcc",
             )
-            kernels = []
-            for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
-                kernels += ninja.build(f"cuda_{source.stem}.o", "nvcc", str(source))
+            sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+            kernels = [f"cuda_{source.stem}.o" for source in sources]
+            for kernel, source in zip(kernels, sources, strict=True):
+                ninja.build([kernel], "nvcc", [str(source)])
             gpu = " -ltorch_cuda" if (torch / "lib/libtorch_cuda.so").exists() else ""
             folder = next(f for f in (home / "lib64", home / "lib") if f.exists())
             libraries = f"-ltorch_cpu{gpu} -L{folder} -lcudart_static -lrt -lpthread -ldl"
-            ninja.build(str(cuda_library), "link", kernels, variables={"libraries": libraries})
-            ninja.build("cuda", "phony", str(cuda_library))
+            ninja.build([str(cuda_library)], "link", kernels, variables={"libraries": libraries})
+            ninja.build(["cuda"], "phony", [str(cuda_library)])
 
 
 def write_build_info(out: Path, nvcc: Path | None) -> None:
@@ -188,7 +195,9 @@ def write_build_info(out: Path, nvcc: Path | None) -> None:
 
     version = (torch_folder() / "version.py").read_text()
     match = re.search(r"__version__ = '([^']+)'", version)
-    compiler = subprocess.run([os.environ.get("CXX", "c++"), "--version"], capture_output=True, text=True).stdout
+    compiler = subprocess.run(
+        [os.environ.get("CXX", "c++"), "--version"], capture_output=True, text=True
+    ).stdout
     info = {
         "compiler": compiler.splitlines()[0] if compiler else "",
         "torch": match[1] if match else "",
@@ -205,7 +214,8 @@ def write_build_info(out: Path, nvcc: Path | None) -> None:
         for log in sorted(out.glob("cuda_*.o.log")):
             kernels += ptxas.parse(log.read_text())
 
-    def quoted(text: str) -> str:
+    def quoted(value: object) -> str:
+        text = str(value)
         return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
     lines = [

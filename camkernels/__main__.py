@@ -39,12 +39,18 @@ def doctor() -> None:
         from camkernels import _C
 
         info = _C.build_info()
-        rows.append(("built with", f"{info['compiler']}; torch {info['torch']}, for {info['torch_target']} and newer"))
-        rows.append(("built for CUDA", f"{info['cuda']} ({info['cuda_architectures']})" if info["cuda"] else "no"))
+        rows.append(
+            ("built with", f"{info['compiler']}; torch {info['torch']}, for {info['torch_target']} and newer")
+        )
+        rows.append(
+            ("built for CUDA", f"{info['cuda']} ({info['cuda_architectures']})" if info["cuda"] else "no")
+        )
         rows.append(("CPU kernels", f"{_C.cpu_capability()}, of {', '.join(_C.cpu_capabilities())}"))
     for kind, name in _devices():
         rows.append((f"device {kind}", name))
-    rows.append(("backend asked for", f"{_backend.setting()} ({_backend.ENVIRONMENT_VARIABLE} or use_backend)"))
+    rows.append(
+        ("backend asked for", f"{_backend.setting()} ({_backend.ENVIRONMENT_VARIABLE} or use_backend)")
+    )
     for label, value in rows:
         print(f"{label:<18} {value}")
 

@@ -27,7 +27,11 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def memory_format(tensor: Tensor) -> torch.memory_format:
     """channels_last where the tensor lies so and not the plain way too (one channel, one pixel)."""
-    if tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
+    if (
+        tensor.dim() == 4
+        and not tensor.is_contiguous()
+        and tensor.is_contiguous(memory_format=torch.channels_last)
+    ):
         return torch.channels_last
     return torch.contiguous_format
 

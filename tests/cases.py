@@ -113,7 +113,9 @@ def matrix(backend: str) -> list[Case]:
 
 def placed_matrix() -> list[tuple[str, Case]]:
     return [
-        (backend, replace(case, device=device)) for backend, device in KERNEL_BACKENDS for case in matrix(backend)
+        (backend, replace(case, device=device))
+        for backend, device in KERNEL_BACKENDS
+        for case in matrix(backend)
     ]
 
 

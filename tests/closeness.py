@@ -8,7 +8,9 @@ def worst_error(value: Tensor, truth: Tensor) -> float:
     return (value.double() - truth).abs().max().item() if value.numel() else 0.0
 
 
-def assert_as_close_as(ours: Tensor, theirs: Tensor, truth: Tensor, margin: float = 4.0, what: str = "") -> None:
+def assert_as_close_as(
+    ours: Tensor, theirs: Tensor, truth: Tensor, margin: float = 4.0, what: str = ""
+) -> None:
     """|ours - truth| <= margin * max(|theirs - truth|, one rounding of the largest value).
 
     ``theirs`` is plain PyTorch at the dtype of ``ours``; ``truth`` is the same in float64. The second term is

@@ -52,7 +52,10 @@ def test_a_backend_that_cannot_serve_says_why():
 
 def test_a_dtype_that_a_backend_cannot_serve_says_why():
     case = Case(dtype=torch.float64)
-    with use_backend("triton"), pytest.raises(RuntimeError, match="fused_cam: backend 'triton' cannot serve .*float64"):
+    with (
+        use_backend("triton"),
+        pytest.raises(RuntimeError, match="fused_cam: backend 'triton' cannot serve .*float64"),
+    ):
         fused_cam(case.features(), case.weight())
 
 
@@ -105,7 +108,11 @@ def test_import_does_not_load_triton_or_compile():
 def test_doctor():
     result = subprocess.run([sys.executable, "-m", "camkernels", "doctor"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    for line in (f"camkernels         {camkernels.__version__}", "reference  on cpu   works", "cpu        on cpu   works"):
+    for line in (
+        f"camkernels         {camkernels.__version__}",
+        "reference  on cpu   works",
+        "cpu        on cpu   works",
+    ):
         assert line in result.stdout
     assert "cuda       on cpu   no: it serves NVIDIA GPUs, not cpu" in result.stdout
 

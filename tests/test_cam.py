@@ -29,7 +29,13 @@ def assert_matches_reference(backend, case, inputs, target, **options):
     plain = run("reference", theirs, as_plain(inputs))
     truth = run("reference", theirs, as_double(inputs))
     names = ("cam", "grad_features", "grad_weight", "grad_bias")
-    results = zip(names, found.values + found.grads, plain.values + plain.grads, truth.values + truth.grads, strict=False)
+    results = zip(
+        names,
+        found.values + found.grads,
+        plain.values + plain.grads,
+        truth.values + truth.grads,
+        strict=False,
+    )
     for name, mine, other, exact in results:
         if exact is None:  # a normalised map does not depend on the bias
             assert mine is None or not mine.any(), name
@@ -109,8 +115,11 @@ def test_empty_batch(backend, device, target):
 @pytest.mark.parametrize("backend, device", KERNEL_BACKENDS)
 def test_tied_extrema_share_the_gradient_evenly(backend, device):
     features = torch.tensor([[[[0.0, 0.0], [3.0, 3.0]]]], device=device)
-    found = run(backend, lambda f, w: fused_cam(f, w, torch.zeros(1, dtype=torch.int64, device=device))[0, 0, 0],
-                [features, torch.ones(1, 1, device=device)])
+    found = run(
+        backend,
+        lambda f, w: fused_cam(f, w, torch.zeros(1, dtype=torch.int64, device=device))[0, 0, 0],
+        [features, torch.ones(1, 1, device=device)],
+    )
     # d/dM of (M[0] - lo) / (hi - lo): M[0] is at the minimum, and both minima carry half of its gradient.
     truth = torch.tensor([[[[0.5, -0.5], [0.0, 0.0]]]]) / 3
     grad = found.grads[0].cpu() * 1
@@ -130,7 +139,11 @@ def test_neighbours_of_the_extrema_do_not_count_as_ties(backend, device):
     assert cam[1] > 0
     assert cam[2] == 1
     assert cam[3] < 1
-    truth = run("reference", lambda f, w: reference.cam(f, w, zeros.cpu()), [features.cpu().double(), torch.ones(1, 1).double()])
+    truth = run(
+        "reference",
+        lambda f, w: reference.cam(f, w, zeros.cpu()),
+        [features.cpu().double(), torch.ones(1, 1).double()],
+    )
     assert torch.allclose(found.grads[0].cpu().double(), truth.grads[0], rtol=1e-5, atol=1e-12)
 
 
@@ -159,7 +172,9 @@ def test_output_gradient_of_any_stride(backend, device, layout):
     features, weight = (x.requires_grad_() for x in (case.features(), case.weight()))
     with camkernels.use_backend(backend):
         ours = torch.autograd.grad(fused_cam(features, weight, target), [features, weight], grad)
-        dense = torch.autograd.grad(fused_cam(features, weight, target), [features, weight], grad.contiguous())
+        dense = torch.autograd.grad(
+            fused_cam(features, weight, target), [features, weight], grad.contiguous()
+        )
     for a, b in zip(ours, dense, strict=True):
         assert torch.equal(a, b)
 
@@ -240,7 +255,9 @@ def test_half_conversions_round_as_torch_does():
                 rounded = fused_cam(row, one, bias=None, normalize=False).flatten()
                 assert torch.equal(exact.float(), values)
                 assert torch.equal(rounded, exact)
-                halves = torch.stack([values, values.roll(1)])[None, :, None].to(dtype)  # two channels, averaged
+                halves = torch.stack([values, values.roll(1)])[None, :, None].to(
+                    dtype
+                )  # two channels, averaged
                 mean = fused_cam(halves, torch.full((1, 2), 0.5), normalize=False).flatten()
                 assert torch.equal(mean, between.to(dtype))
             finally:

@@ -46,7 +46,11 @@ def assert_hard_erasing_is_right(backend, case, *, fill=0.0, mode="bilinear", th
         assert_as_close_as(found.grads[index].cpu(), plain.grads[index], truth.grads[index], what=name)
 
     # Whatever the map's rounding, every pixel is either its own bits or the fill, ...
-    colour = torch.as_tensor(fill, dtype=images.dtype, device=images.device).view(-1, 1, 1).expand(images.shape[1:])
+    colour = (
+        torch.as_tensor(fill, dtype=images.dtype, device=images.device)
+        .view(-1, 1, 1)
+        .expand(images.shape[1:])
+    )
     kept = erased == images
     assert torch.equal(torch.where(kept, images, colour), erased)
     # ... and outside a narrow band around the threshold it is the right one of the two.
@@ -72,7 +76,9 @@ def test_hard_erasing(backend, case):
 def test_soft_erasing(backend, case):
     inputs, found, plain, truth = outcomes(backend, case, fill=(0.25, -1.5, 7.0), sharpness=9.0)
     names = ("erased", "cam", "grad_features", "grad_weight", "grad_images")
-    everything = zip(names, found.values + found.grads, plain.values + plain.grads, truth.values + truth.grads, strict=True)
+    everything = zip(
+        names, found.values + found.grads, plain.values + plain.grads, truth.values + truth.grads, strict=True
+    )
     for name, mine, other, exact in everything:
         assert_as_close_as(mine.cpu(), other, exact, what=name)
 
@@ -158,8 +164,12 @@ def test_kept_pixels_are_their_own_bits(backend, device):
     case = Case(device=device, maps="constant", image_size=(4, 4), depth=1)
     for dtype, integers in ((torch.float32, torch.int32), (torch.float16, torch.int16)):
         info = torch.iinfo(integers)
-        bits = torch.randint(info.min, info.max, (3, 1, 4, 4), generator=case.generator(), dtype=integers).to(device)
-        bits[0, 0, 0] = torch.tensor([info.min, -1, 0x7C01, 1])  # -0, a NaN, a signalling half NaN, a subnormal
+        bits = torch.randint(info.min, info.max, (3, 1, 4, 4), generator=case.generator(), dtype=integers).to(
+            device
+        )
+        bits[0, 0, 0] = torch.tensor(
+            [info.min, -1, 0x7C01, 1]
+        )  # -0, a NaN, a signalling half NaN, a subnormal
         images = bits.view(dtype)
         with camkernels.use_backend(backend):
             erased = fused_cam_erase(case.features(), case.weight(), case.target(), images).erased
@@ -213,7 +223,9 @@ def test_loss_on_one_output_only(backend, device, output, sharpness):
     target = case.target()
     inputs = [case.features(), case.weight(), case.pictures()]
     found = run(
-        backend, lambda f, w, i: getattr(fused_cam_erase(f, w, target, i, sharpness=sharpness), output), inputs
+        backend,
+        lambda f, w, i: getattr(fused_cam_erase(f, w, target, i, sharpness=sharpness), output),
+        inputs,
     )
     truth = run(
         "reference",

@@ -46,7 +46,16 @@ def test_opcheck_of_cam_erase(backend, device, sharpness, dtype):
     cam = torch.rand(3, 1, 3, 4, device=device)
     opcheck(
         torch.ops.camkernels.cam_erase_bwd.default,
-        (torch.rand_like(images), cam, images if sharpness else None, cam, *options, True, bool(sharpness), backend),
+        (
+            torch.rand_like(images),
+            cam,
+            images if sharpness else None,
+            cam,
+            *options,
+            True,
+            bool(sharpness),
+            backend,
+        ),
     )
 
 
@@ -138,7 +147,10 @@ def test_double_backward_raises(backend, device):
     case = Case(device=device, channels=5)
     inputs, target = erase_inputs(case), case.target()
     with camkernels.use_backend(backend):
-        for result in (fused_cam(inputs[0], inputs[1], target), erase_loss(inputs[0], inputs[1], target, inputs[2], 5.0)):
+        for result in (
+            fused_cam(inputs[0], inputs[1], target),
+            erase_loss(inputs[0], inputs[1], target, inputs[2], 5.0),
+        ):
             (grad,) = torch.autograd.grad(result.sum(), inputs[0], create_graph=True)
             with pytest.raises(RuntimeError, match="there is no double backward"):
                 grad.sum().backward()
@@ -163,7 +175,8 @@ def test_deterministic_run_to_run(backend, device):
     torch.use_deterministic_algorithms(True)
     try:
         results = [
-            run(backend, lambda f, w, i: fused_cam_erase(f, w, target, i, sharpness=5.0), inputs) for _ in range(3)
+            run(backend, lambda f, w, i: fused_cam_erase(f, w, target, i, sharpness=5.0), inputs)
+            for _ in range(3)
         ]
     finally:
         torch.use_deterministic_algorithms(False)
@@ -181,7 +194,9 @@ def test_backward_uses_the_backend_of_its_forward(backend, device, monkeypatch):
     seen = []
     resolve = camkernels._backend.resolve
     monkeypatch.setattr(
-        camkernels._backend, "resolve", lambda name, requested, *rest: seen.append(requested) or resolve(name, requested, *rest)
+        camkernels._backend,
+        "resolve",
+        lambda name, requested, *rest: seen.append(requested) or resolve(name, requested, *rest),
     )
     with camkernels.use_backend("reference"):
         cam.sum().backward()

@@ -21,7 +21,9 @@ def main() -> None:
             weight = torch.randn(5, 16, device="cuda", generator=draw).requires_grad_()
             target = torch.tensor([1, 4], device="cuda")
             for sharpness in (None, 5.0):
-                erased, cam = camkernels.fused_cam_erase(features, weight, target, images, sharpness=sharpness)
+                erased, cam = camkernels.fused_cam_erase(
+                    features, weight, target, images, sharpness=sharpness
+                )
                 (erased.float().sum() + cam.float().square().sum()).backward()
             for classes in (target, target[:, None].expand(2, 3).contiguous(), None):
                 camkernels.fused_cam(features, weight, classes).float().square().sum().backward()

@@ -105,7 +105,7 @@ def same_device(
 
 
 def number(function: str, argument: str, value: object, allowed: str) -> float:
-    if not isinstance(value, Real) or isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{function}: {argument} is a {type(value).__name__}; it must be a number {allowed}")
     return float(value)
 
@@ -129,21 +129,23 @@ def eps(function: str, value: object) -> float:
 def fill(function: str, value: object, channels: int) -> list[float]:
     """One number for every channel, or one for each."""
     allowed = f"a number or {channels} numbers, one for each channel of images"
-    if isinstance(value, Real) and not isinstance(value, bool):
+    if not isinstance(value, bool) and isinstance(value, Real):
         return [float(value)]
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise TypeError(f"{function}: fill is a {type(value).__name__}; it must be {allowed}")
     if len(value) != channels:
         raise ValueError(f"{function}: fill has {len(value)} numbers; it must be {allowed}")
     for item in value:
-        if not isinstance(item, Real) or isinstance(item, bool):
+        if isinstance(item, bool) or not isinstance(item, Real):
             raise TypeError(f"{function}: fill holds a {type(item).__name__}; it must be {allowed}")
     return [float(item) for item in value]
 
 
 def choice(function: str, argument: str, value: object, allowed: Sequence[str]) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{function}: {argument} is a {type(value).__name__}; allowed are {', '.join(allowed)}")
+        raise TypeError(
+            f"{function}: {argument} is a {type(value).__name__}; allowed are {', '.join(allowed)}"
+        )
     if value not in allowed:
         raise ValueError(f"{function}: {argument} is {value!r}; allowed are {', '.join(allowed)}")
     return value

@@ -134,7 +134,9 @@ def cam_backward(
     grads = torch.ops.camkernels.cam_bwd(
         grad_cam, features, weight.flatten(1), columns, cam, extent, normalize, eps, *needed, requested
     )
-    grad_features, grad_weight, grad_bias = (g if need else None for g, need in zip(grads, needed, strict=True))
+    grad_features, grad_weight, grad_bias = (
+        g if need else None for g, need in zip(grads, needed, strict=True)
+    )
     return grad_features, None if grad_weight is None else grad_weight.view(weight.shape), grad_bias
 
 
@@ -179,9 +181,13 @@ def _allocate_bwd(
     need_bias: bool,
 ) -> tuple[Tensor, ...]:
     return (
-        torch.empty_like(features, memory_format=memory_format(features)) if need_features else _nothing(features),
+        torch.empty_like(features, memory_format=memory_format(features))
+        if need_features
+        else _nothing(features),
         torch.empty_like(weight) if need_weight else _nothing(weight),
-        weight.new_empty(weight.shape[0], dtype=accumulate_dtype(features.dtype)) if need_bias else _nothing(weight),
+        weight.new_empty(weight.shape[0], dtype=accumulate_dtype(features.dtype))
+        if need_bias
+        else _nothing(weight),
     )
 
 

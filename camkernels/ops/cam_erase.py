@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from camkernels import _backend, reference
-from camkernels._library import accumulate_dtype, define_op, memory_format, prepare_inputs
+from camkernels._library import define_op, memory_format, prepare_inputs
 from camkernels.ops import _checks
 from camkernels.ops._autograd import first_order
 from camkernels.ops.cam import allocate_maps, cam_backward, kept_map
@@ -96,7 +96,16 @@ def fused_cam_erase(
         )
     return CamErase(
         *_CamErase.apply(
-            features, weight, target, images, threshold, sharpness or 0.0, colour, mode == "nearest", eps, requested
+            features,
+            weight,
+            target,
+            images,
+            threshold,
+            sharpness or 0.0,
+            colour,
+            mode == "nearest",
+            eps,
+            requested,
         )
     )
 
@@ -140,7 +149,17 @@ class _CamErase(torch.autograd.Function):
         need_map = bool(sharpness) and (need_features or need_weight)
         if grad_erased is not None and (need_images or need_map):
             grad_images, grad_map = torch.ops.camkernels.cam_erase_bwd(
-                grad_erased, grad_cam, images, cam, threshold, sharpness, fill, nearest, need_images, need_map, requested
+                grad_erased,
+                grad_cam,
+                images,
+                cam,
+                threshold,
+                sharpness,
+                fill,
+                nearest,
+                need_images,
+                need_map,
+                requested,
             )
             grad_images = grad_images if need_images else None
             grad_cam = grad_map if need_map else grad_cam
@@ -175,11 +194,13 @@ def _allocate_fwd(
     return erased, *allocate_maps(features, 1, True)
 
 
-def _prepare_bwd(grad_erased: Tensor, grad_cam: Tensor | None, images: Tensor | None, *rest: Any) -> tuple[Any, ...]:
+def _prepare_bwd(
+    grad_erased: Tensor, grad_cam: Tensor | None, images: Tensor | None, *rest: Any
+) -> tuple[Any, ...]:
     """The gradient takes the layout of the images, where those are there."""
-    grad_cam, images, *rest = prepare_inputs(grad_cam, images, *rest)
+    prepared = prepare_inputs(grad_cam, images, *rest)
     layout = memory_format(grad_erased if images is None else images)
-    return grad_erased.contiguous(memory_format=layout), grad_cam, images, *rest
+    return grad_erased.contiguous(memory_format=layout), *prepared
 
 
 def _allocate_bwd(

@@ -1,8 +1,7 @@
 // Torch bindings and threading of the CAM kernels on the CPU.
-#include "../common.h"
-
 #include <algorithm>
 
+#include "../common.h"
 #include "checks.h"
 #include "kernels.h"
 
@@ -30,8 +29,8 @@ void sum_bias(const CamBwd& p, bool wide, void* grad_bias) {
 }  // namespace
 
 void cam_fwd_cpu(const Tensor& features, const Tensor& weight, const std::optional<Tensor>& target,
-                 const std::optional<Tensor>& bias, bool normalize, double eps, const Tensor& cam, const Tensor& cam32,
-                 const Tensor& extent) {
+                 const std::optional<Tensor>& bias, bool normalize, double eps, const Tensor& cam,
+                 const Tensor& cam32, const Tensor& extent) {
   check_target("fused_cam", target, weight.size(0));
   const CamFwd p{any_array(features),
                  any_array(weight),
@@ -53,8 +52,8 @@ void cam_fwd_cpu(const Tensor& features, const Tensor& weight, const std::option
 
 void cam_bwd_cpu(const Tensor& grad_cam, const Tensor& features, const Tensor& weight,
                  const std::optional<Tensor>& target, const Tensor& cam, const Tensor& extent, bool normalize,
-                 double eps, bool need_features, bool need_weight, bool need_bias, const Tensor& grad_features,
-                 const Tensor& grad_weight, const Tensor& grad_bias) {
+                 double eps, bool need_features, bool need_weight, bool need_bias,
+                 const Tensor& grad_features, const Tensor& grad_weight, const Tensor& grad_bias) {
   const bool wide = features.scalar_type() == torch::headeronly::ScalarType::Double;
   const auto accumulate = wide ? torch::headeronly::ScalarType::Double : torch::headeronly::ScalarType::Float;
   const int64_t images = features.size(0), channels = features.size(1), maps = grad_cam.size(1);
@@ -89,11 +88,12 @@ void cam_bwd_cpu(const Tensor& grad_cam, const Tensor& features, const Tensor& w
     const int64_t share = (channels + threads - 1) / threads;
     const int64_t block = std::min((share + 15) / 16 * 16, maps > 8 ? int64_t{64} : channels);
     const int64_t blocks = (channels + block - 1) / block;
-    torch::stable::parallel_for(0, blocks, grain(images * pixels * block * maps), [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) {
-        kernels().cam_bwd_channels(p, b * block, std::min(channels, (b + 1) * block));
-      }
-    });
+    torch::stable::parallel_for(
+        0, blocks, grain(images * pixels * block * maps), [&](int64_t begin, int64_t end) {
+          for (int64_t b = begin; b < end; ++b) {
+            kernels().cam_bwd_channels(p, b * block, std::min(channels, (b + 1) * block));
+          }
+        });
   }
   if (need_weight && !direct) {
     Tensor out = grad_weight;

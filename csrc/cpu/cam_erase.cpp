@@ -1,9 +1,8 @@
 // Torch bindings and threading of cam_erase on the CPU.
-#include "../common.h"
-
 #include <algorithm>
 #include <vector>
 
+#include "../common.h"
 #include "checks.h"
 #include "kernels.h"
 
@@ -34,12 +33,13 @@ CamErase describe(const Tensor& like, const Tensor& map, const std::vector<doubl
 
 }  // namespace
 
-void cam_fwd_cpu(const Tensor&, const Tensor&, const std::optional<Tensor>&, const std::optional<Tensor>&, bool, double,
-                 const Tensor&, const Tensor&, const Tensor&);
+void cam_fwd_cpu(const Tensor&, const Tensor&, const std::optional<Tensor>&, const std::optional<Tensor>&,
+                 bool, double, const Tensor&, const Tensor&, const Tensor&);
 
-void cam_erase_fwd_cpu(const Tensor& features, const Tensor& weight, const Tensor& target, const Tensor& images,
-                       double threshold, double sharpness, const std::vector<double>& fill, bool nearest, double eps,
-                       const Tensor& erased, const Tensor& cam, const Tensor& cam32, const Tensor& extent) {
+void cam_erase_fwd_cpu(const Tensor& features, const Tensor& weight, const Tensor& target,
+                       const Tensor& images, double threshold, double sharpness,
+                       const std::vector<double>& fill, bool nearest, double eps, const Tensor& erased,
+                       const Tensor& cam, const Tensor& cam32, const Tensor& extent) {
   check_target("fused_cam_erase", target, weight.size(0));
   cam_fwd_cpu(features, weight, target, std::nullopt, true, eps, cam, cam32, extent);
   const std::vector<double> colours = fill_of_channels(fill, images.size(1));
@@ -62,9 +62,9 @@ void cam_erase_fwd_cpu(const Tensor& features, const Tensor& weight, const Tenso
 }
 
 void cam_erase_bwd_cpu(const Tensor& grad_erased, const std::optional<Tensor>& grad_cam,
-                       const std::optional<Tensor>& images, const Tensor& cam, double threshold, double sharpness,
-                       const std::vector<double>& fill, bool nearest, bool need_images, bool need_map,
-                       const Tensor& grad_images, const Tensor& grad_map) {
+                       const std::optional<Tensor>& images, const Tensor& cam, double threshold,
+                       double sharpness, const std::vector<double>& fill, bool nearest, bool need_images,
+                       bool need_map, const Tensor& grad_images, const Tensor& grad_map) {
   const std::vector<double> colours = fill_of_channels(fill, grad_erased.size(1));
   CamErase p = describe(grad_erased, cam, colours, threshold, sharpness, nearest);
   p.images = any_array(images);

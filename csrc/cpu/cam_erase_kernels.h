@@ -53,8 +53,8 @@ void gather_rows(const CamErase& p, const Real* stretched, int64_t repeats, Real
 }
 
 template <typename Real>
-inline void blend_rows(const Real* __restrict low, const Real* __restrict high, Real weight, Real* __restrict heat,
-                       int64_t row) {
+inline void blend_rows(const Real* __restrict low, const Real* __restrict high, Real weight,
+                       Real* __restrict heat, int64_t row) {
   for (int64_t i = 0; i < row; ++i) heat[i] = resample(low[i], high[i], weight);
 }
 
@@ -122,8 +122,8 @@ struct HeatRows {
 
 // Forward reads images and fills with `fill`; the gradient reads grad_erased and fills with 0.
 template <typename Real, typename Bits>
-void erase_hard(const CamErase& p, const Bits* from, Bits* to, const Bits* fill, int64_t image, int64_t row_begin,
-                int64_t row_end) {
+void erase_hard(const CamErase& p, const Bits* from, Bits* to, const Bits* fill, int64_t image,
+                int64_t row_begin, int64_t row_end) {
   const Geometry g = geometry(p);
   const HeatRows<Real> rows(p, image, g);
   const std::unique_ptr<Real[]> heat(new Real[g.row]);
@@ -147,14 +147,15 @@ const Bits* as_bits(const T* values) {
 
 template <typename Real, typename T>
 void cam_erase_fwd(const CamErase& p, int64_t image, int64_t row_begin, int64_t row_end) {
-  using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+  using Bits =
+      std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
   using Wide = Accumulate<T>;
   const Geometry g = geometry(p);
   const std::unique_ptr<T[]> fill = fill_rows<T>(p, g);
   const T* images = static_cast<const T*>(p.images.data);
   if (p.sharpness == 0) {
-    erase_hard<Real, Bits>(p, as_bits<Bits>(images), static_cast<Bits*>(p.erased), as_bits<Bits>(fill.get()), image,
-                           row_begin, row_end);
+    erase_hard<Real, Bits>(p, as_bits<Bits>(images), static_cast<Bits*>(p.erased), as_bits<Bits>(fill.get()),
+                           image, row_begin, row_end);
     return;
   }
   const HeatRows<Real> rows(p, image, g);
@@ -182,7 +183,8 @@ void cam_erase_fwd(const CamErase& p, int64_t image, int64_t row_begin, int64_t 
 
 template <typename Real, typename T>
 void cam_erase_bwd(const CamErase& p, int64_t image) {
-  using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+  using Bits =
+      std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
   using Wide = Accumulate<T>;
   const Geometry g = geometry(p);
   const T* grad_erased = static_cast<const T*>(p.grad_erased);

@@ -113,7 +113,7 @@ void cam_bwd_channels(const CamBwd& p, int64_t channel_begin, int64_t channel_en
         load_row(p.weight, row * p.channels + channel_begin, width, rows.get() + k * width);
       }
       T* grad_features = static_cast<T*>(p.grad_features) + start;
-      const int64_t lines = p.channels_last ? p.pixels : width;     // of the features, each contiguous
+      const int64_t lines = p.channels_last ? p.pixels : width;  // of the features, each contiguous
       const int64_t length = p.channels_last ? width : p.pixels;
       const int64_t line_stride = p.channels_last ? p.channels : p.pixels;
       Real* out;
@@ -126,9 +126,11 @@ void cam_bwd_channels(const CamBwd& p, int64_t channel_begin, int64_t channel_en
         out_stride = length;
       }
       if (p.channels_last) {
-        panel<Real>({grad_raw, 1, p.pixels}, rows.get(), width, out, out_stride, lines, p.maps, length, nullptr, true);
+        panel<Real>({grad_raw, 1, p.pixels}, rows.get(), width, out, out_stride, lines, p.maps, length,
+                    nullptr, true);
       } else {
-        panel<Real>({rows.get(), 1, width}, grad_raw, p.pixels, out, out_stride, lines, p.maps, length, nullptr, true);
+        panel<Real>({rows.get(), 1, width}, grad_raw, p.pixels, out, out_stride, lines, p.maps, length,
+                    nullptr, true);
       }
       if constexpr (!kSame) {
         for (int64_t i = 0; i < lines; ++i) narrow(out + i * length, grad_features + i * line_stride, length);
@@ -137,8 +139,8 @@ void cam_bwd_channels(const CamBwd& p, int64_t channel_begin, int64_t channel_en
     if (p.grad_weight != nullptr) {
       const T* features = static_cast<const T*>(p.features.data) + start;
       if (p.channels_last) {
-        panel<T>({grad_raw, p.pixels, 1}, features, p.channels, products.get(), width, p.maps, p.pixels, width,
-                 staging.get(), true);
+        panel<T>({grad_raw, p.pixels, 1}, features, p.channels, products.get(), width, p.maps, p.pixels,
+                 width, staging.get(), true);
       } else {
         dots<T>(grad_raw, p.pixels, features, p.pixels, products.get(), width, 1, p.maps, width, p.pixels,
                 staging.get());

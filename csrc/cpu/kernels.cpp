@@ -70,7 +70,8 @@ void erase_bwd(const CamErase& p, int64_t image) {
   }
 }
 
-void run_cam_erase_fwd(const CamErase& p, DType accumulate, int64_t image, int64_t row_begin, int64_t row_end) {
+void run_cam_erase_fwd(const CamErase& p, DType accumulate, int64_t image, int64_t row_begin,
+                       int64_t row_end) {
   (accumulate == DType::kDouble ? erase_fwd<double> : erase_fwd<float>)(p, image, row_begin, row_end);
 }
 
@@ -81,7 +82,7 @@ void run_cam_erase_bwd(const CamErase& p, DType accumulate, int64_t image) {
 }  // namespace
 
 extern const Kernels CAMKERNELS_TABLE;
-const Kernels CAMKERNELS_TABLE = {CAMKERNELS_ISA,     run_cam_fwd,       run_cam_bwd_maps,
+const Kernels CAMKERNELS_TABLE = {CAMKERNELS_ISA,       run_cam_fwd,       run_cam_bwd_maps,
                                   run_cam_bwd_channels, run_cam_erase_fwd, run_cam_erase_bwd};
 
 }  // namespace camkernels::cpu

@@ -37,15 +37,15 @@ struct CamBwd {
 };
 
 struct CamErase {
-  AnyArray images;         // [N, D, H0, W0], or [N, H0, W0, D] if channels_last; null in a hard backward
-  void* erased;            // as images; in backward the gradient of images, or null
+  AnyArray images;          // [N, D, H0, W0], or [N, H0, W0, D] if channels_last; null in a hard backward
+  void* erased;             // as images; in backward the gradient of images, or null
   const void* grad_erased;  // as images; backward only
-  AnyArray grad_cam;       // [N, H, W]; backward only, null: none
-  const void* cam;         // [N, H, W], accumulation type
-  void* grad_map;          // [N, H, W], accumulation type; backward only, null where not wanted
-  const double* fill;      // [depth]
+  AnyArray grad_cam;        // [N, H, W]; backward only, null: none
+  const void* cam;          // [N, H, W], accumulation type
+  void* grad_map;           // [N, H, W], accumulation type; backward only, null where not wanted
+  const double* fill;       // [depth]
   DType image_dtype;
-  int64_t height, width;              // of the map
+  int64_t height, width;  // of the map
   int64_t depth, image_height, image_width;
   bool channels_last, nearest;
   double threshold, sharpness;  // sharpness 0 erases hard

@@ -182,7 +182,8 @@ struct Scalars {
 constexpr int kPanelRows = 8;
 
 template <int kRows, int kDepth, typename Real>
-inline void panel_tile(Scalars<Real> a, const Real* const* b, Real* out, int64_t out_stride, int64_t columns, bool first) {
+inline void panel_tile(Scalars<Real> a, const Real* const* b, Real* out, int64_t out_stride, int64_t columns,
+                       bool first) {
   constexpr int kLanes = Lanes<Real>::kCount;
   Real scalar[kRows][kDepth];
   for (int m = 0; m < kRows; ++m) {
@@ -231,13 +232,15 @@ inline void panel_rows(Scalars<Real> a, const Real* const* b, Real* out, int64_t
 // out[m, j] = sum_r a(m, r) * b[r, j] (added to out unless `overwrite`); rows of b are contiguous.
 // `staging` holds kPanelRows * columns elements if T is a half type.
 template <typename T>
-inline void panel(Scalars<Accumulate<T>> a, const T* b, int64_t b_stride, Accumulate<T>* out, int64_t out_stride,
-                  int64_t rows, int64_t depth, int64_t columns, Accumulate<T>* staging, bool overwrite) {
+inline void panel(Scalars<Accumulate<T>> a, const T* b, int64_t b_stride, Accumulate<T>* out,
+                  int64_t out_stride, int64_t rows, int64_t depth, int64_t columns, Accumulate<T>* staging,
+                  bool overwrite) {
   using Real = Accumulate<T>;
   const Real* stream[kPanelRows];
   for (int64_t r = 0; r < depth;) {
     const int count = depth - r >= kPanelRows ? kPanelRows : 1;
-    for (int i = 0; i < count; ++i) stream[i] = widened(b + (r + i) * b_stride, staging + i * columns, columns);
+    for (int i = 0; i < count; ++i)
+      stream[i] = widened(b + (r + i) * b_stride, staging + i * columns, columns);
     const Scalars<Real> part{a.data + r * a.column_stride, a.row_stride, a.column_stride};
     const bool first = overwrite && r == 0;
     if (count == kPanelRows) {
@@ -291,8 +294,8 @@ inline void dots_tile(const Real* a, int64_t a_stride, const Real* const* b, int
 // elements if T is a half type.
 template <typename T>
 inline void dots(const Accumulate<T>* a, int64_t a_stride, const T* b, int64_t b_stride, Accumulate<T>* out,
-                 int64_t out_row_stride, int64_t out_column_stride, int64_t rows, int64_t columns, int64_t depth,
-                 Accumulate<T>* staging) {
+                 int64_t out_row_stride, int64_t out_column_stride, int64_t rows, int64_t columns,
+                 int64_t depth, Accumulate<T>* staging) {
   using Real = Accumulate<T>;
   const Real* stream[kDotRows];
   for (int64_t i = 0; i < columns;) {
