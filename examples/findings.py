@@ -50,7 +50,7 @@ def results_table(runs: Mapping[str, Mapping[str, Any]]) -> Table:
         "coverage_mean": "focus-area coverage, mean",
         "coverage_median": "focus-area coverage, median",
         "digits_in_focus": "digits inside the focus area",
-        "erased_fraction": "erased by training",
+        "erased_fraction": "erased from an image by training, mean",
     }
     for key, row in rows.items():
         shares = [run[key] for run in runs.values()]
@@ -73,7 +73,11 @@ def erase_table(milliseconds: Mapping[str, float]) -> Table:
 
 
 def sentences(
-    title: str, baseline: Evaluation, other: Evaluation, erase_ms: Mapping[str, float]
+    title: str,
+    baseline: Evaluation,
+    other: Evaluation,
+    step_ratio: float,
+    erase_ms: Mapping[str, float],
 ) -> list[str]:
     """Plain sentences; each verdict follows from the numbers in it."""
     coverage, coverage_verdict = _compare("Focus-area coverage", baseline.coverage, other.coverage)
@@ -90,6 +94,7 @@ def sentences(
         f"{robust}.",
         f"One run from one seed; the uncertainty is one standard error over {len(baseline.correct)} test "
         "images and leaves out that of training.",
+        f"Both saw the same batches, but a step of {title} took {step_ratio:.1f} times as long.",
         *_speed(erase_ms),
     ]
 
@@ -136,7 +141,6 @@ class Column:
 
 def save_grid(path: Path, scenes: Scenes, columns: Sequence[Column]) -> None:
     """The first rows of ``scenes``, each with its columns."""
-    matplotlib.use("agg")
     rows = next(len(x) for x in (columns[0].heat, columns[0].pixels) if x is not None)
     panel, margin, gap, top = 2 * SIZE, 34, 8, 46  # pixels; two for each of the image's, so none is resampled
     width = margin + (len(columns) + 1) * (panel + gap)

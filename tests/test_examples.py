@@ -247,10 +247,10 @@ def test_sentences_follow_from_the_numbers(change, verdict):
     def evaluation(covered):
         return findings.Evaluation(right.long(), right, right, covered, None, None)
 
-    told = findings.sentences(
-        "PCL", evaluation(coverage), evaluation(coverage + changes), {"reference": 3.0, "cpu": 1.0}
-    )
+    before, after = evaluation(coverage), evaluation(coverage + changes)
+    told = findings.sentences("PCL", before, after, 2.5, {"reference": 3.0, "cpu": 1.0})
     assert told[1].startswith("Focus-area coverage went from ")
     assert told[1].endswith(f": {verdict}.")
     assert "Top-1 went from 75.0 % to 75.0 % (+0.0 ± 0.0 points): the claim did NOT show here" in told[2]
+    assert told[-2].endswith("a step of PCL took 2.5 times as long.")
     assert told[-1].endswith("3.0 times the speed.")
