@@ -105,29 +105,36 @@ struct CamBwd {
   }
 };
 
-// In double, because what all pixels of a map send to its extrema is much larger than what each keeps.
-using MapSums = MinMaxSums<double>;
+// Summed in double, because what all pixels of a map send to its extrema is much larger than what each keeps;
+// rounded once, at the end.
+using WideSums = MinMaxSums<double>;
+using MapSums = MinMaxSums<float>;
+
+__device__ __forceinline__ MapSums narrow(const WideSums& sums) {
+  return {static_cast<float>(sums.low), static_cast<float>(sums.high), static_cast<float>(sums.low_ties),
+          static_cast<float>(sums.high_ties)};
+}
 
 // One map per image: the gradient of a class is the sum over the rows of its images, one row of C + 1
 // numbers (the last is the bias's) per image. Several maps: the sums that min-max needs of each map.
 inline int64_t cam_bwd_scratch(const CamBwd& call) {
-  return call.maps == 1 ? call.images * (call.channels + 1) : call.images * call.maps * (sizeof(MapSums) / sizeof(float));
+  return call.maps == 1 ? call.images * (call.channels + 1) : call.images * call.maps * 4;
 }
 
-__device__ inline void add(MapSums& sums, const MapSums& other) {
+__device__ inline void add(WideSums& sums, const WideSums& other) {
   sums.low += other.low;
   sums.high += other.high;
   sums.low_ties += other.low_ties;
   sums.high_ties += other.high_ties;
 }
 
-__device__ inline MapSums warp_sum(MapSums sums) {
+__device__ inline WideSums warp_sum(WideSums sums) {
   return {warp_sum(sums.low), warp_sum(sums.high), warp_sum(sums.low_ties), warp_sum(sums.high_ties)};
 }
 
 // Adds pixels first, first + step, ... of a map to its sums.
-__device__ inline MapSums min_max_sums(const CamBwd& call, int64_t map, int first, int step) {
-  MapSums sums = {};
+__device__ inline WideSums min_max_sums(const CamBwd& call, int64_t map, int first, int step) {
+  WideSums sums = {};
 #pragma unroll 1
   for (int p = first; p < call.pixels(); p += step) {
     const int64_t at = map * call.pixels() + p;
@@ -148,11 +155,11 @@ struct RowBuffers {
   float* weights;   // [share]
   float* sums;      // [share]: this block's piece of the image's row
   float* partial;   // [2 turns, rows in flight, 2, threads] or, channels_last, [elements of a vector, threads]
-  MapSums* warps;   // [warps]
+  WideSums* warps;  // [warps]
   float* totals;    // [warps]
 };
 
-inline constexpr int kRowsInFlight = 4;
+inline constexpr int kRowsInFlight = 3;  // as many as the registers of two blocks hold
 
 template <typename T, typename Memory>
 __host__ __device__ RowBuffers take_row_buffers(Memory& memory, const CamBwd& call, int threads) {
@@ -162,7 +169,7 @@ __host__ __device__ RowBuffers take_row_buffers(Memory& memory, const CamBwd& ca
   buffers.sums = memory.template take<float>(call.share);
   const int per_thread = call.channels_last ? (call.vectors ? kVectorOf<T> : 1) : 2 * kRowsInFlight * 2;
   buffers.partial = memory.template take<float>(int64_t{per_thread} * threads);
-  buffers.warps = memory.template take<MapSums>(threads / kWarp);
+  buffers.warps = memory.template take<WideSums>(threads / kWarp);
   buffers.totals = memory.template take<float>(threads / kWarp);
   return buffers;
 }
@@ -174,10 +181,13 @@ __device__ inline float stage_gradient(const CamBwd& call, int64_t image, const 
   const int warp = threadIdx.x / kWarp;
   MapSums sums = {};
   if (call.normalize) {
-    const MapSums own = warp_sum(min_max_sums(call, image, threadIdx.x, blockDim.x));
+    const WideSums own = warp_sum(min_max_sums(call, image, threadIdx.x, blockDim.x));
     if (threadIdx.x % kWarp == 0) buffers.warps[warp] = own;
     __syncthreads();
-    for (int w = 0; w < warps; ++w) add(sums, buffers.warps[w]);
+    WideSums all = {};
+#pragma unroll 1
+    for (int w = 0; w < warps; ++w) add(all, buffers.warps[w]);
+    sums = narrow(all);
   }
   float total = 0.0f;
 #pragma unroll 1
@@ -442,7 +452,7 @@ __global__ inline void __launch_bounds__(kTileThreads) cam_bwd_sums_kernel(const
   const int64_t warp = (blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x) / kWarp;
   const int64_t maps = call.images * call.maps;
   const int64_t map = warp < maps ? warp : maps - 1;
-  const MapSums sums = warp_sum(min_max_sums(call, map, threadIdx.x % kWarp, kWarp));
+  const MapSums sums = narrow(warp_sum(min_max_sums(call, map, threadIdx.x % kWarp, kWarp)));
   if (warp < maps && threadIdx.x % kWarp == 0) reinterpret_cast<MapSums*>(call.scratch)[map] = sums;
 }
 

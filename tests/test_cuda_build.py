@@ -1,0 +1,123 @@
+"""What nvcc and ptxas say of the CUDA kernels, for every architecture they are built for."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+import camkernels
+from camkernels import _C
+
+ROOT = Path(__file__).parent.parent
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+# Kernels that read features or images: memory-bound, so two blocks of 512 threads must fit a multiprocessor.
+STREAMING = (
+    r"cam_fwd_kernel<\w+, (true|false), 1>",
+    r"cam_bwd_rows_kernel<\w+, (true|false)>",
+    r"cam_erase_fwd_kernel<\w+, (true|false), (true|false)>",
+    r"cam_erase_bwd_soft_kernel<\w+>",
+    r"cam_erase_bwd_hard_kernel",
+)
+
+
+def load_parser():
+    spec = importlib.util.spec_from_file_location("ptxas", ROOT / "tools" / "ptxas.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def compile_afresh(nvcc, folder):
+    """Resources of all kernels for all architectures; every source must compile."""
+
+    def compile_one(source):
+        command = [nvcc, "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-DUSE_CUDA"]
+        command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{ROOT / 'csrc'}"]
+        command += [f"-I{Path(torch.__file__).parent / 'include'}"]
+        command += [f"-gencode=arch=compute_{a[3:]},code={a}" for a in ARCHITECTURES]
+        command += ["-c", str(source), "-o", str(folder / f"{source.stem}.o")]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return load_parser().parse(result.stdout + result.stderr)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+        return [row for rows in pool.map(compile_one, sources) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def resources(tmp_path_factory):
+    """As the build of this installation recorded them; where it left CUDA out, of a fresh compilation."""
+    recorded = _C.kernel_resources()
+    if recorded:
+        return recorded
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc is not installed")
+    return compile_afresh(nvcc, tmp_path_factory.mktemp("cuda"))
+
+
+def built_architectures():
+    listed = _C.build_info()["cuda_architectures"]
+    if not listed:
+        return ARCHITECTURES
+    return tuple(f"sm_{a.removesuffix('+PTX').replace('.', '')}" for a in re.split("[; ]", listed))
+
+
+def test_nothing_spills(resources):
+    spilling = [row for row in resources if row["spill_stores"] or row["spill_loads"] or row["stack"]]
+    assert not spilling
+
+
+@pytest.mark.parametrize("pattern", STREAMING)
+def test_streaming_kernels_fill_half_a_multiprocessor(resources, pattern):
+    rows = [row for row in resources if re.search(rf"\b{pattern}\(", row["kernel"])]
+    assert {row["arch"] for row in rows} == set(built_architectures())
+    assert max(row["registers"] for row in rows) <= 64
+
+
+def test_shared_memory_is_all_dynamic(resources):
+    """The emulator hands out dynamic shared memory only, so a static array would escape its checks."""
+    assert {row["shared"] for row in resources} == {0}
+
+
+def test_library_needs_only_the_stable_abi():
+    library = next(Path(camkernels.__file__).parent.glob("_cuda*.so"), None)
+    if library is None:
+        pytest.skip("camkernels was installed without its CUDA kernels")
+    tool = shutil.which("nm")
+    if tool is None:
+        pytest.skip("nm is not installed")
+    listing = subprocess.run([tool, "-D", "-C", "--undefined-only", library], capture_output=True, text=True, check=True)
+    names = [line.split()[-1] for line in listing.stdout.splitlines()]
+    assert not [name for name in names if re.match(r"(c10|at|torch|caffe2)::", name)]
+
+
+def test_the_parser_reads_what_ptxas_prints():
+    text = """\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_Z3addPf' for 'sm_90'
+ptxas info    : Function properties for _Z3addPf
+    16 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
+ptxas info    : Used 42 registers, used 1 barriers, 16 bytes cumulative stack size, 1024 bytes smem
+ptxas info    : Compiling entry function 'plain' for 'sm_100'
+ptxas info    : Function properties for plain
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 7 registers, 360 bytes cmem[0]
+"""
+    first, second = load_parser().parse(text)
+    assert first["kernel"] in ("add(float*)", "_Z3addPf")
+    del first["kernel"]
+    assert first == {
+        "arch": "sm_90", "registers": 42, "stack": 16, "spill_stores": 8, "spill_loads": 4, "shared": 1024,
+    }  # fmt: skip
+    assert second == {
+        "kernel": "plain", "arch": "sm_100", "registers": 7, "stack": 0, "spill_stores": 0, "spill_loads": 0, "shared": 0,
+    }  # fmt: skip
