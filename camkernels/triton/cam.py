@@ -22,6 +22,7 @@ from camkernels.triton.front import (
     normalise,
     on_device_of,
     power_of_two,
+    registers,
     strides_of,
 )
 
@@ -501,6 +502,7 @@ def launch_cam_fwd(
             BLOCK_C=block_c,
             BLOCK_P=block_p,
             num_warps=power_of_two(block_c * block_p // 512, 4, 16),
+            **registers(128),
         )
         return
     whole = pixels <= WHOLE_MAP
@@ -519,10 +521,18 @@ def launch_cam_fwd(
         BLOCK_C=32 if half else 16,
         BLOCK_P=block_p,
         num_warps=power_of_two(block_k * block_p // 512, 4, 8),
+        **registers(255),
     )
     if normalize and not whole:
         normalise_kernel[(images * maps,)](
-            cam, kept, extent, pixels, eps, BLOCK_P=power_of_two(pixels, 1, 1024), num_warps=4
+            cam,
+            kept,
+            extent,
+            pixels,
+            eps,
+            BLOCK_P=power_of_two(pixels, 1, 1024),
+            num_warps=4,
+            **registers(128),
         )
 
 
@@ -576,6 +586,7 @@ def cam_bwd(
                 BLOCK_M=16,
                 BLOCK_P=power_of_two(pixels, 1, 128),
                 num_warps=4,
+                **registers(128),
             )
         if not (need_features or need_weight):
             return
@@ -591,6 +602,7 @@ def cam_bwd(
                 eps,
                 BLOCK_P=power_of_two(pixels, 1, 1024),
                 num_warps=4,
+                **registers(128),
             )
         sizes = maps, classes, channels, pixels // align
         if maps < MANY_MAPS:
@@ -609,6 +621,7 @@ def cam_bwd(
                 BLOCK_C=block_c,
                 BLOCK_P=block_p,
                 num_warps=8,
+                **registers(128),
             )
             if need_weight:
                 block_c = power_of_two(channels, 1, 128)
@@ -623,6 +636,7 @@ def cam_bwd(
                     BLOCK_M=16,
                     BLOCK_C=block_c,
                     num_warps=4,
+                    **registers(128),
                 )
             return
         if need_features:
@@ -638,6 +652,7 @@ def cam_bwd(
                 BLOCK_C=64,
                 BLOCK_P=64,
                 num_warps=8,
+                **registers(255),
             )
         if need_weight:
             cam_product_weight_bwd_kernel[(triton.cdiv(classes, 64) * triton.cdiv(channels, 32),)](
@@ -652,4 +667,5 @@ def cam_bwd(
                 BLOCK_C=32,
                 BLOCK_P=16,
                 num_warps=8,
+                **registers(255),
             )

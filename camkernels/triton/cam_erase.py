@@ -15,6 +15,7 @@ from camkernels.triton.front import (
     narrow,
     on_device_of,
     power_of_two,
+    registers,
     sigmoid,
     taps,
     upsample,
@@ -246,6 +247,7 @@ def erase(
         BLOCK_H=block_h,
         BLOCK_W=block_w,
         num_warps=4,
+        **registers(80),
     )
 
 
@@ -322,6 +324,7 @@ def cam_erase_bwd(
             BLOCK_H=power_of_two(triton.cdiv(height, map_height), 1, max(1024 // block_w, 1)),
             BLOCK_W=block_w,
             num_warps=4,
+            **registers(128),
         )
         block = power_of_two(cam.numel(), 1, 128)
         cell_sums_kernel[(triton.cdiv(cam.numel(), block),)](
@@ -339,6 +342,7 @@ def cam_erase_bwd(
             BLOCK_W=block_w,
             BLOCK=block,
             num_warps=4,
+            **registers(128),
         )
 
 

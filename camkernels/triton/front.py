@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 HALF_TYPES = (torch.float16, torch.bfloat16)
+NVIDIA = torch.version.hip is None and getattr(torch.version, "xpu", None) is None
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
@@ -36,6 +37,15 @@ def alignment(pixels: int) -> int:
     Triton by itself vectorises for multiples of 16 only; 14 * 14 is one of 4, which is a vector of float32.
     """
     return min(pixels & -pixels, 16)
+
+
+def registers(limit: int) -> dict[str, int]:
+    """Launch option: registers that a thread may have.
+
+    Left to itself ptxas aims at more threads instead, reuses the registers of one load for the next, and so
+    makes loads wait for each other; with a limit all loads of a block are under way together, nothing spills.
+    """
+    return {"maxnreg": limit} if NVIDIA else {}
 
 
 @triton.jit

@@ -1,0 +1,160 @@
+"""What is Triton's own: how many kernels start, on which device, and shapes that cut blocks unevenly.
+
+Values and gradients of every op on this backend are compared in test_cam.py and test_cam_erase.py.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from closeness import assert_as_close_as
+
+import camkernels
+from camkernels import _backend, reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+if reason := _backend.why_not("triton", DEVICE):
+    pytest.skip(f"Triton cannot serve {DEVICE}: {reason}", allow_module_level=True)
+
+import triton  # noqa: E402  (it may be absent)
+import triton.language as tl  # noqa: E402
+
+from camkernels.triton import cam, cam_erase, front  # noqa: E402
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Names of the kernels that start, in order."""
+    names: list[str] = []
+    kind = type(cam.cam_fwd_kernel)
+    run = kind.run
+
+    def recording(kernel, *args, **kwargs):
+        names.append(kernel.fn.__name__)
+        return run(kernel, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "run", recording)
+    with camkernels.use_backend("triton"):
+        yield names
+
+
+def inputs(
+    shape: tuple[int, ...] = (2, 12, 7, 7), classes: int = 5, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    features = torch.randn(shape, generator=draw)
+    weight = torch.randn((classes, shape[1]), generator=draw)
+    target = torch.randint(0, classes, shape[:1], generator=draw)
+    return features.to(DEVICE, dtype), weight.to(DEVICE, dtype), target.to(DEVICE)
+
+
+@pytest.mark.parametrize("size", [7, 17], ids=["one block", "several blocks"])
+@pytest.mark.parametrize("sharpness", [None, 10.0], ids=["hard", "soft"])
+def test_erase_forward_is_two_launches(started, size, sharpness):
+    features, weight, target = inputs((2, 12, size, size))
+    images = torch.randn((2, 3, 20, 30), device=DEVICE)
+    camkernels.fused_cam_erase(features, weight, target, images, sharpness=sharpness)
+    assert started == ["cam_fwd_kernel", "erase_kernel"]
+
+
+def test_map_of_one_class_is_one_launch(started):
+    camkernels.fused_cam(*inputs((2, 12, 17, 19)))
+    assert started == ["cam_fwd_kernel"]
+
+
+def test_all_maps_of_one_block_are_one_launch(started):
+    features, weight, _ = inputs(classes=cam.MANY_MAPS)
+    camkernels.fused_cam(features, weight)
+    assert started == ["cam_product_fwd_kernel"]
+
+
+def test_only_wanted_gradients_are_computed(started):
+    features, weight, target = inputs()
+    images = torch.randn((2, 3, 20, 30), device=DEVICE, requires_grad=True)
+    camkernels.fused_cam_erase(features, weight, target, images).erased.sum().backward()
+    assert started == ["cam_fwd_kernel", "erase_kernel", "erase_kernel"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("normalize", [True, False], ids=["normalised", "raw"])
+@pytest.mark.parametrize(
+    "shape, maps, classes",
+    [((2, 35, 5, 9), None, 37), ((1, 70, 17, 19), None, 33), ((2, 35, 7, 7), 18, 5)],
+    ids=["whole maps", "several blocks", "chosen classes"],
+)
+def test_products_match_reference(shape, maps, classes, normalize, dtype):
+    """As many maps as make a matrix product, in blocks that classes, channels and pixels do not fill."""
+    draw = torch.Generator().manual_seed(1)
+    features, weight, _ = inputs(shape, classes, dtype)
+    target = None if maps is None else torch.randint(0, classes, (shape[0], maps), generator=draw).to(DEVICE)
+    bias = torch.randn(classes, generator=draw).to(DEVICE, dtype)
+    grad = torch.randn((shape[0], maps or classes, *shape[2:]), generator=draw).to(DEVICE, dtype)
+
+    def run(function, *tensors):
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        value = function(*leaves[:2], target, bias=leaves[2], normalize=normalize)
+        grads = torch.autograd.grad(value, leaves[: 2 if normalize else 3], grad.to(value.dtype))
+        return [value.detach(), *grads]
+
+    tensors = features, weight, bias
+    with camkernels.use_backend("triton"):
+        ours = run(camkernels.fused_cam, *tensors)
+    theirs = run(reference.cam, *tensors)
+    truth = run(reference.cam, *(x.double() for x in tensors))
+    for name, a, b, c in zip(("cam", "features", "weight", "bias"), ours, theirs, truth, strict=False):
+        assert_as_close_as(a, b, c, what=name)
+
+
+@pytest.mark.parametrize("target", [-1, 99])
+def test_kernel_makes_the_map_of_no_class_nan(target):
+    """The launcher itself, which checks nothing."""
+    features, weight, classes = inputs()
+    classes[0] = target
+    value = features.new_empty((2, 1, 7, 7))
+    extent = features.new_empty((2, 1, 2))
+    nothing = features.new_empty(0)
+    columns = classes[:, None].contiguous()
+    cam.cam_fwd(features, weight, columns, None, True, 1e-8, value, nothing, extent)
+    grad_features, grad_weight = torch.empty_like(features), torch.empty_like(weight)
+    cam.cam_bwd(
+        *(torch.ones_like(value), features, weight, columns, value, extent, True, 1e-8),
+        *(True, True, False, grad_features, grad_weight, nothing),
+    )
+    for result in (value, grad_features):
+        assert result[0].isnan().all()
+        assert result[1].isfinite().all()
+    assert grad_weight.isfinite().all()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_launches_on_the_device_of_the_tensors():
+    features, weight, target = (x.to("cuda:1") for x in inputs())
+    with camkernels.use_backend("triton"), torch.cuda.device(0):
+        value = camkernels.fused_cam(features, weight, target)
+    torch.testing.assert_close(value, reference.cam(features, weight, target))
+
+
+def test_guard_leaves_the_current_device_alone():
+    with front.on_device_of(torch.empty(1, device=DEVICE)) as switched:
+        assert switched is None
+
+
+@triton.jit
+def first_rows_kernel(first_ptr, cells, pixels, scale, NEAREST: tl.constexpr):  # noqa: N803
+    cell = tl.program_id(0)
+    tl.store(first_ptr + cell, cam_erase.first_row_of(cell, scale, cells, pixels, NEAREST))
+
+
+@pytest.mark.parametrize("nearest", [False, True], ids=["bilinear", "nearest"])
+@pytest.mark.parametrize("cells, pixels", [(7, 224), (14, 225), (5, 3), (33, 40), (1, 9), (40, 40), (3, 1)])
+def test_rows_of_the_image_are_parted_among_rows_of_the_map(cells, pixels, nearest):
+    """Backward of the soft gate reads every row of the image once: where its upper tap is the map's row."""
+    first = torch.empty(cells + 1, dtype=torch.int32, device=DEVICE)
+    first_rows_kernel[(cells + 1,)](first, cells, pixels, cells / pixels, NEAREST=nearest)
+    scale = torch.tensor(cells / pixels)
+    rows = torch.arange(pixels)
+    source = rows * scale if nearest else ((rows + 0.5) * scale - 0.5).clamp_min(0)
+    low = source.to(torch.int32).clamp_max(cells - 1)
+    expected = torch.searchsorted(low, torch.arange(cells + 1, dtype=torch.int32), out_int32=True)
+    assert torch.equal(first.cpu(), expected)
