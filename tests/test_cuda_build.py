@@ -95,8 +95,9 @@ def test_library_needs_only_the_stable_abi():
     tool = shutil.which("nm")
     if tool is None:
         pytest.skip("nm is not installed")
-    listing = subprocess.run([tool, "-D", "-C", "--undefined-only", library], capture_output=True, text=True, check=True)
-    names = [line.split()[-1] for line in listing.stdout.splitlines()]
+    command = [tool, "-D", "-C", "--undefined-only", str(library)]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    names = [line.split()[-1] for line in listing.splitlines()]
     assert not [name for name in names if re.match(r"(c10|at|torch|caffe2)::", name)]
 
 
@@ -116,8 +117,19 @@ ptxas info    : Used 7 registers, 360 bytes cmem[0]
     assert first["kernel"] in ("add(float*)", "_Z3addPf")
     del first["kernel"]
     assert first == {
-        "arch": "sm_90", "registers": 42, "stack": 16, "spill_stores": 8, "spill_loads": 4, "shared": 1024,
-    }  # fmt: skip
+        "arch": "sm_90",
+        "registers": 42,
+        "stack": 16,
+        "spill_stores": 8,
+        "spill_loads": 4,
+        "shared": 1024,
+    }
     assert second == {
-        "kernel": "plain", "arch": "sm_100", "registers": 7, "stack": 0, "spill_stores": 0, "spill_loads": 0, "shared": 0,
-    }  # fmt: skip
+        "kernel": "plain",
+        "arch": "sm_100",
+        "registers": 7,
+        "stack": 0,
+        "spill_stores": 0,
+        "spill_loads": 0,
+        "shared": 0,
+    }

@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-
-from camkernels import _backend, fused_cam, fused_cam_erase, reference
 from cases import Case, as_double, as_plain, run
 from closeness import assert_as_close_as
 from cuda_emulator import emulation
 from cuda_emulator.emulation import Emulator
+
+from camkernels import _backend, fused_cam, fused_cam_erase, reference
 
 CLUSTERS = (1, 2, 4, 8)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -53,8 +53,8 @@ def assert_matches(ours, theirs, inputs, names):
     found = run("triton", ours, inputs)
     plain = run("reference", theirs, as_plain(inputs))
     truth = run("reference", theirs, as_double(inputs))
-    results = zip(names, found.values + found.grads, plain.values + plain.grads, truth.values + truth.grads, strict=True)
-    for name, mine, other, exact in results:
+    sides = (side.values + side.grads for side in (found, plain, truth))
+    for name, mine, other, exact in zip(names, *sides, strict=True):
         if exact is None:
             assert mine is None or not mine.any(), name
         else:
@@ -69,7 +69,8 @@ def cam_matches(inputs, target, **options):
     def theirs(features, weight, *bias):
         return reference.cam(features, weight, target, bias=bias[0] if bias else None, **options)
 
-    return assert_matches(ours, theirs, inputs, ("cam", "grad_features", "grad_weight", "grad_bias")[: 1 + len(inputs)])
+    names = ("cam", "grad_features", "grad_weight", "grad_bias")
+    return assert_matches(ours, theirs, inputs, names[: 1 + len(inputs)])
 
 
 def rotated(cases):
@@ -97,7 +98,9 @@ def test_one_map_per_image(emulator, number, case):
     normalize = number % 3 != 0
     inputs = [case.features(), case.weight(), *([] if normalize else [case.bias()])]
     with emulator.on(cluster=CLUSTERS[number % 4], seed=number, threads=(64, 128)[number // 4 % 2]):
-        found = cam_matches(inputs, case.target(dtype=(torch.int64, torch.int32)[number % 2]), normalize=normalize)
+        found = cam_matches(
+            inputs, case.target(dtype=(torch.int64, torch.int32)[number % 2]), normalize=normalize
+        )
     assert emulator.launches["cam_fwd"] == 1
     if normalize and case.maps in ("signed", "ties") and case.shape != (1, 1):
         cam = found.values[0].flatten(1)
@@ -187,11 +190,13 @@ def test_soft_erasing(emulator, number, case):
     fill = 0.25 if number % 2 else [0.5 * d - 1 for d in range(case.depth)]
     mode = ("bilinear", "nearest")[number // 2 % 2]
     with emulator.on(cluster=CLUSTERS[(number + 1) % 4], seed=number):
-        _, found, plain, truth = erase_outcomes(case, fill=fill, mode=mode, threshold=THRESHOLD, sharpness=9.0)
+        _, found, plain, truth = erase_outcomes(
+            case, fill=fill, mode=mode, threshold=THRESHOLD, sharpness=9.0
+        )
     assert emulator.launches["cam_erase_fwd"] == emulator.launches["cam_erase_bwd"] == 1
     names = ("erased", "cam", "grad_features", "grad_weight", "grad_images")
-    results = zip(names, found.values + found.grads, plain.values + plain.grads, truth.values + truth.grads, strict=True)
-    for name, mine, other, exact in results:
+    sides = (side.values + side.grads for side in (found, plain, truth))
+    for name, mine, other, exact in zip(names, *sides, strict=True):
         assert_as_close_as(mine, other, exact, MARGIN, name)
 
 
@@ -229,8 +234,8 @@ def test_class_index_out_of_range_gives_nan(emulator, maps, layout):
     broken[1, 0] = case.classes
     broken[2, 0] = -1
     with emulator.on(cluster=2):
-        kernels = torch.ops.camkernels
-        cam, cam32, extent = kernels.cam_fwd(features.detach(), weight.detach(), broken, None, True, 1e-8, "triton")
+        fixed = features.detach(), weight.detach(), broken
+        cam, _, extent = torch.ops.camkernels.cam_fwd(*fixed, None, True, 1e-8, "triton")
         right = reference.cam(features, weight, target)
         hit = torch.zeros(3, maps, dtype=torch.bool)
         hit[1:, 0] = True
@@ -238,9 +243,8 @@ def test_class_index_out_of_range_gives_nan(emulator, maps, layout):
         assert not cam[~hit].isnan().any()
         assert torch.allclose(cam[~hit], right[~hit], atol=1e-6)
         grad = torch.randn(cam.shape, generator=torch.Generator().manual_seed(0))
-        grads = kernels.cam_bwd(
-            grad, features.detach(), weight.detach(), broken, cam, extent, True, 1e-8, True, True, True, "triton"
-        )
+        flags = True, 1e-8, True, True, True, "triton"
+        grads = torch.ops.camkernels.cam_bwd(grad, *fixed, cam, extent, *flags)
     truth = torch.autograd.grad(right, weight, grad * ~hit[..., None, None])[0]
     assert torch.allclose(grads[1], truth, atol=1e-5)
     assert torch.equal(grads[0].isnan().flatten(1).all(1), hit.any(1))
@@ -251,7 +255,8 @@ def test_a_value_at_the_threshold_is_kept(emulator):
     target = torch.zeros(1, dtype=torch.int64)
     for mode in ("bilinear", "nearest"):
         with _backend.use_backend("triton"):
-            result = fused_cam_erase(cells, torch.ones(1, 1), target, torch.ones(1, 1, 1, 4), threshold=0.5, mode=mode)
+            images = torch.ones(1, 1, 1, 4)
+            result = fused_cam_erase(cells, torch.ones(1, 1), target, images, threshold=0.5, mode=mode)
         assert result.erased.flatten().tolist() == [1.0, 1.0, 1.0, 0.0]
 
 
@@ -262,7 +267,9 @@ def test_only_wanted_gradients_are_written(emulator, need):
     needed = [need[1], need[1], need[0]]
     inputs = [case.features(), case.weight(), case.pictures()]
     full = run("triton", lambda f, w, x: fused_cam_erase(f, w, target, x, sharpness=5.0), inputs)
-    some = run("triton", lambda f, w, x: fused_cam_erase(f, w, target, x, sharpness=5.0), inputs, needed=needed)
+    some = run(
+        "triton", lambda f, w, x: fused_cam_erase(f, w, target, x, sharpness=5.0), inputs, needed=needed
+    )
     for wanted, everything, one in zip(needed, full.grads, some.grads, strict=True):
         assert torch.equal(everything, one) if wanted else one is None
 
@@ -270,22 +277,23 @@ def test_only_wanted_gradients_are_written(emulator, need):
 def test_limits_are_named(emulator):
     with _backend.use_backend("triton"):
         wide = torch.zeros(1, 1, 400, 400)
-        with pytest.raises(RuntimeError, match="a map of 400 x 400 needs .* bytes of shared memory"):
-            fused_cam(wide, torch.ones(1, 1), torch.zeros(1, dtype=torch.int64))
+        weight, target = torch.ones(1, 1), torch.zeros(1, dtype=torch.int64)
+        with pytest.raises(RuntimeError, match=r"a map of 400 x 400 needs .* bytes of shared memory"):
+            fused_cam(wide, weight, target)
         with pytest.raises(RuntimeError, match="up to 16 different fill values, not 17"):
-            fused_cam_erase(
-                wide[..., :2, :2], torch.ones(1, 1), torch.zeros(1, dtype=torch.int64), torch.zeros(1, 17, 4, 4),
-                fill=list(range(17)),
-            )  # fmt: skip
+            fused_cam_erase(wide[..., :2, :2], weight, target, torch.zeros(1, 17, 4, 4), fill=list(range(17)))
 
 
-@pytest.mark.parametrize("mistake, cluster, message", [
-    ("no_barrier", 1, "a wrong result"),
-    ("no_cluster_barrier", 2, "a wrong result|has not started"),
-    ("diverging_barriers", 1, "threads diverge"),
-    ("thread_leaves_early", 1, "has already left the kernel"),
-    ("part_of_a_warp_shuffles", 1, "deadlock"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "mistake, cluster, message",
+    [
+        ("no_barrier", 1, "a wrong result"),
+        ("no_cluster_barrier", 2, "a wrong result|has not started"),
+        ("diverging_barriers", 1, "threads diverge"),
+        ("thread_leaves_early", 1, "has already left the kernel"),
+        ("part_of_a_warp_shuffles", 1, "deadlock"),
+    ],
+)
 def test_the_emulator_notices(library, mistake, cluster, message):
     """Reversing an array through shared memory, with one mistake: some order of threads must give it away."""
     kernels = Emulator.load(library)

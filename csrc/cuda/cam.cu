@@ -1,6 +1,5 @@
 // Torch binding of cam_fwd and cam_bwd.
 #include "cam.cuh"
-
 #include "cam_binding.h"
 
 namespace camkernels::cuda {
@@ -17,9 +16,9 @@ void cam_fwd_cuda(const Tensor& features, const Tensor& weight, const std::optio
 }
 
 void cam_bwd_cuda(const Tensor& grad_cam, const Tensor& features, const Tensor& weight,
-                  const std::optional<Tensor>& target, const Tensor& cam, const Tensor& extent, bool normalize,
-                  double eps, bool need_features, bool need_weight, bool need_bias, const Tensor& grad_features,
-                  const Tensor& grad_weight, const Tensor& grad_bias) {
+                  const std::optional<Tensor>& target, const Tensor& cam, const Tensor& extent,
+                  bool normalize, double eps, bool need_features, bool need_weight, bool need_bias,
+                  const Tensor& grad_features, const Tensor& grad_weight, const Tensor& grad_bias) {
   CamBwd call{};
   call.grad_cam = any_array(grad_cam);
   call.features = features.const_data_ptr();

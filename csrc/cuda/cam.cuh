@@ -14,7 +14,8 @@ struct CamFwd {
 };
 
 template <typename T, bool kChannelsLast, int kMaps>
-__global__ void __launch_bounds__(kThreads, kMaps == 1 ? 2 : 1) cam_fwd_kernel(const __grid_constant__ CamFwd call) {
+__global__ void __launch_bounds__(kThreads, kMaps == 1 ? 2 : 1)
+    cam_fwd_kernel(const __grid_constant__ CamFwd call) {
   const CamFront& front = call.front;
   const int rank = cluster_rank();
   const int size = cluster_size();
@@ -49,8 +50,8 @@ __global__ void __launch_bounds__(kThreads, kMaps == 1 ? 2 : 1) cam_fwd_kernel(c
 template <typename T, bool kChannelsLast, typename Launcher>
 void launch_cam_fwd_as(Launcher& launcher, const CamFwd& call) {
   const Hardware& hardware = launcher.hardware();
-  const bool several = call.front.maps > 1 && front_bytes<T, kMapsPerCluster>(call.front, hardware.threads, 1) <=
-                                                  hardware.shared_limit;
+  const bool several = call.front.maps > 1 && front_bytes<T, kMapsPerCluster>(call.front, hardware.threads,
+                                                                              1) <= hardware.shared_limit;
   if (several) {
     const LaunchShape shape = plan_front<T, kMapsPerCluster>("cam_fwd", hardware, call.front, 0);
     launcher.run(cam_fwd_kernel<T, kChannelsLast, kMapsPerCluster>, shape, call);
@@ -75,16 +76,16 @@ void launch_cam_fwd(Launcher& launcher, CamFwd call) {
 }
 
 struct CamBwd {
-  AnyArray grad_cam;      // [N, K, P]
-  const void* features;   // [N, C, P] or, channels_last, [N, P, C]
-  AnyArray weight;        // [L, C]
-  AnyArray target;        // [N, K], or null: map k is of class k
-  const float* cam;       // [N, K, P], normalised
-  const float* extent;    // [N, K, 2], range of the raw maps
-  void* grad_features;    // as features, or null
-  void* grad_weight;      // [L, C], or null
-  float* grad_bias;       // [L], or null
-  float* scratch;         // cam_bwd_scratch(call) floats
+  AnyArray grad_cam;     // [N, K, P]
+  const void* features;  // [N, C, P] or, channels_last, [N, P, C]
+  AnyArray weight;       // [L, C]
+  AnyArray target;       // [N, K], or null: map k is of class k
+  const float* cam;      // [N, K, P], normalised
+  const float* extent;   // [N, K, 2], range of the raw maps
+  void* grad_features;   // as features, or null
+  void* grad_weight;     // [L, C], or null
+  float* grad_bias;      // [L], or null
+  float* scratch;        // cam_bwd_scratch(call) floats
   int64_t images;
   int64_t classes;
   int channels;
@@ -147,14 +148,15 @@ __device__ inline float raw_gradient(const CamBwd& call, int64_t map, int pixel,
   const int64_t at = map * call.pixels() + pixel;
   const float grad = load_as_float(call.grad_cam, at);
   if (!call.normalize) return grad;
-  return normalise_backward(grad, call.cam[at], sums, call.extent[map * 2 + 1] - call.extent[map * 2], call.eps);
+  return normalise_backward(grad, call.cam[at], sums, call.extent[map * 2 + 1] - call.extent[map * 2],
+                            call.eps);
 }
 
 struct RowBuffers {
   float* gradient;  // [P]: of the raw map
   float* weights;   // [share]
   float* sums;      // [share]: this block's piece of the image's row
-  float* partial;   // [2 turns, rows in flight, 2, threads] or, channels_last, [elements of a vector, threads]
+  float* partial;  // [2 turns, rows in flight, 2, threads] or, channels_last, [elements of a vector, threads]
   WideSums* warps;  // [warps]
   float* totals;    // [warps]
 };
@@ -209,7 +211,8 @@ __device__ inline float stage_gradient(const CamBwd& call, int64_t image, const 
 // front, writing the features' gradient and summing features * gradient per channel in one pass. A vector
 // holds the end of one channel and perhaps the beginning of the next, so it gives two partial sums.
 template <typename T, int kVec>
-__device__ void backward_planes(const CamBwd& call, int64_t image, int begin, int count, const RowBuffers& buffers) {
+__device__ void backward_planes(const CamBwd& call, int64_t image, int begin, int count,
+                                const RowBuffers& buffers) {
   constexpr int kLanesPerSum = 8;
   const int pixels = call.pixels();
   const int channels_per_row = kVec == 1 ? 1 : call.rows;
@@ -314,7 +317,8 @@ __device__ void backward_planes(const CamBwd& call, int64_t image, int begin, in
 
 // channels_last features: a thread keeps a vector of channels and walks over pixels.
 template <typename T, int kVec>
-__device__ void backward_pixels(const CamBwd& call, int64_t image, int begin, int count, const RowBuffers& buffers) {
+__device__ void backward_pixels(const CamBwd& call, int64_t image, int begin, int count,
+                                const RowBuffers& buffers) {
   const int pixels = call.pixels();
   const int threads = blockDim.x;
   const int lanes = count / kVec;
@@ -408,7 +412,8 @@ __global__ void __launch_bounds__(kThreads, 2) cam_bwd_rows_kernel(const __grid_
 
 // One map per image: adds up the rows of each class, in the order of images. A block takes one class and as
 // many columns as it has threads; column C is the bias's.
-__global__ inline void __launch_bounds__(kThreads) cam_bwd_classes_kernel(const __grid_constant__ CamBwd call) {
+__global__ inline void __launch_bounds__(kThreads)
+    cam_bwd_classes_kernel(const __grid_constant__ CamBwd call) {
   const int threads = blockDim.x;
   const int warps = threads / kWarp;
   const int chunks = call.channels / threads + 1;
@@ -416,8 +421,8 @@ __global__ inline void __launch_bounds__(kThreads) cam_bwd_classes_kernel(const 
   const int64_t column = blockIdx.x % chunks * static_cast<int64_t>(threads) + threadIdx.x;
   SharedMemory memory;
   unsigned* votes = memory.take<unsigned>(warps);
-  const bool wanted =
-      column < call.channels ? call.grad_weight != nullptr : column == call.channels && call.grad_bias != nullptr;
+  const bool wanted = column < call.channels ? call.grad_weight != nullptr
+                                             : column == call.channels && call.grad_bias != nullptr;
   float sum = 0.0f;
 #pragma unroll 1
   for (int64_t first = 0; first < call.images; first += threads) {
@@ -448,7 +453,8 @@ inline constexpr int kTileMaps = 16;
 inline constexpr int kTileClasses = 8;
 
 // Several maps per image: the sums that min-max needs, a warp per map.
-__global__ inline void __launch_bounds__(kTileThreads) cam_bwd_sums_kernel(const __grid_constant__ CamBwd call) {
+__global__ inline void __launch_bounds__(kTileThreads)
+    cam_bwd_sums_kernel(const __grid_constant__ CamBwd call) {
   const int64_t warp = (blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x) / kWarp;
   const int64_t maps = call.images * call.maps;
   const int64_t map = warp < maps ? warp : maps - 1;
@@ -465,7 +471,8 @@ __device__ inline float stored_gradient(const CamBwd& call, int64_t map, int pix
 // Several maps per image: grad_features[c, p] = sum over maps of weight[class, c] * gradient[map, p], a block
 // per image and tile of channels and pixels, lanes along pixels.
 template <typename T>
-__global__ void __launch_bounds__(kTileThreads, 4) cam_bwd_features_kernel(const __grid_constant__ CamBwd call) {
+__global__ void __launch_bounds__(kTileThreads, 4)
+    cam_bwd_features_kernel(const __grid_constant__ CamBwd call) {
   const int pixels = call.pixels();
   const int warps = blockDim.x / kWarp;
   const int tile_channels = warps * kPerThread;
@@ -494,14 +501,16 @@ __global__ void __launch_bounds__(kTileThreads, 4) cam_bwd_features_kernel(const
     }
     for (int i = threadIdx.x; i < count * kWarp; i += blockDim.x) {
       const int pixel = pixel_begin + i % kWarp;
-      gradients[i] = pixel < pixels ? stored_gradient(call, image * call.maps + first + i / kWarp, pixel) : 0.0f;
+      gradients[i] =
+          pixel < pixels ? stored_gradient(call, image * call.maps + first + i / kWarp, pixel) : 0.0f;
     }
     __syncthreads();
 #pragma unroll 1
     for (int m = 0; m < count; ++m) {
       const float gradient = gradients[m * kWarp + lane];
 #pragma unroll
-      for (int c = 0; c < kPerThread; ++c) sums[c] = fmaf(weights[m * tile_channels + own + c], gradient, sums[c]);
+      for (int c = 0; c < kPerThread; ++c)
+        sums[c] = fmaf(weights[m * tile_channels + own + c], gradient, sums[c]);
     }
   }
   const int pixel = pixel_begin + lane;
@@ -527,8 +536,8 @@ __global__ void __launch_bounds__(kTileThreads) cam_bwd_weight_kernel(const __gr
   const int channel_begin = static_cast<int>(blockIdx.x % channel_tiles) * tile_channels;
   const int64_t class_begin = static_cast<int64_t>(blockIdx.x / channel_tiles) * kTileClasses;
   SharedMemory memory;
-  float* tile = memory.take<float>(tile_channels * kStride);       // [channels, pixels]
-  float* gradients = memory.take<float>(kTileClasses * kWarp);     // [classes, pixels]
+  float* tile = memory.take<float>(tile_channels * kStride);    // [channels, pixels]
+  float* gradients = memory.take<float>(kTileClasses * kWarp);  // [classes, pixels]
   const int lane = threadIdx.x % kWarp;
   const int own = threadIdx.x / kWarp * kPerThread;
 
@@ -553,7 +562,8 @@ __global__ void __launch_bounds__(kTileThreads) cam_bwd_weight_kernel(const __gr
         const int64_t pixel = pixel_begin + p;
         float value = 0.0f;
         if (channel < call.channels && pixel < pixels) {
-          value = to_float(features[call.channels_last ? pixel * call.channels + channel : channel * pixels + pixel]);
+          value = to_float(
+              features[call.channels_last ? pixel * call.channels + channel : channel * pixels + pixel]);
         }
         tile[c * kStride + p] = value;
       }
@@ -567,7 +577,8 @@ __global__ void __launch_bounds__(kTileThreads) cam_bwd_weight_kernel(const __gr
             gradient = stored_gradient(call, image * call.maps + row, pixel);
           } else {
             for (int m = 0; m < call.maps; ++m) {
-              if (call.class_at(image, m) == row) gradient += stored_gradient(call, image * call.maps + m, pixel);
+              if (call.class_at(image, m) == row)
+                gradient += stored_gradient(call, image * call.maps + m, pixel);
             }
           }
         }
@@ -592,14 +603,16 @@ __global__ void __launch_bounds__(kTileThreads) cam_bwd_weight_kernel(const __gr
       const float sum = warp_sum(sums[k][c]);
       const int64_t channel = channel_begin + own + c;
       if (lane == 0 && class_begin + k < call.classes && channel < call.channels) {
-        store_from_float(call.grad_weight, call.weight.dtype, (class_begin + k) * call.channels + channel, sum);
+        store_from_float(call.grad_weight, call.weight.dtype, (class_begin + k) * call.channels + channel,
+                         sum);
       }
     }
   }
 }
 
 // Several maps per image: grad_bias, a warp per class.
-__global__ inline void __launch_bounds__(kTileThreads) cam_bwd_bias_kernel(const __grid_constant__ CamBwd call) {
+__global__ inline void __launch_bounds__(kTileThreads)
+    cam_bwd_bias_kernel(const __grid_constant__ CamBwd call) {
   const int64_t row = (blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x) / kWarp;
   const int lane = threadIdx.x % kWarp;
   float sum = 0.0f;
@@ -620,8 +633,8 @@ void launch_cam_bwd_rows(Launcher& launcher, CamBwd call) {
   constexpr int64_t kWaves = 4;
   constexpr int kSmallestShare = 32;
   call.share = hardware.threads;
-  while (call.share > kSmallestShare && call.images * ((call.channels + call.share - 1) / call.share) <
-                                            kWaves * hardware.multiprocessors) {
+  while (call.share > kSmallestShare &&
+         call.images * ((call.channels + call.share - 1) / call.share) < kWaves * hardware.multiprocessors) {
     call.share /= 2;
   }
   call.share = std::min(call.share, call.channels);
@@ -652,7 +665,8 @@ void launch_cam_bwd_tiles(Launcher& launcher, const CamBwd& call) {
   const int tile_channels = static_cast<int>(warps) * kPerThread;
   const int64_t channel_tiles = (call.channels + tile_channels - 1) / tile_channels;
   if (call.normalize) {
-    launcher.run(cam_bwd_sums_kernel, LaunchShape{(call.images * call.maps + warps - 1) / warps, threads, 1, 0}, call);
+    launcher.run(cam_bwd_sums_kernel,
+                 LaunchShape{(call.images * call.maps + warps - 1) / warps, threads, 1, 0}, call);
   }
   if (call.grad_features != nullptr) {
     const int64_t pixel_tiles = (call.pixels() + kWarp - 1) / kWarp;
@@ -667,7 +681,8 @@ void launch_cam_bwd_tiles(Launcher& launcher, const CamBwd& call) {
     size.take<float>(tile_channels * (kWarp + 1));
     size.take<float>(kTileClasses * kWarp);
     launcher.run(cam_bwd_weight_kernel<T>,
-                 LaunchShape{(call.classes + kTileClasses - 1) / kTileClasses * channel_tiles, threads, 1, size.bytes()},
+                 LaunchShape{(call.classes + kTileClasses - 1) / kTileClasses * channel_tiles, threads, 1,
+                             size.bytes()},
                  call);
   }
   if (call.grad_bias != nullptr) {

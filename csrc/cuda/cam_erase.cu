@@ -1,9 +1,8 @@
 // Torch binding of cam_erase_fwd and cam_erase_bwd.
-#include "cam_erase.cuh"
-
 #include <vector>
 
 #include "cam_binding.h"
+#include "cam_erase.cuh"
 
 namespace camkernels::cuda {
 namespace {
@@ -29,9 +28,10 @@ Erasing erasing_of(const Tensor& images, const Tensor& cam, double threshold, do
 
 }  // namespace
 
-void cam_erase_fwd_cuda(const Tensor& features, const Tensor& weight, const Tensor& target, const Tensor& images,
-                        double threshold, double sharpness, std::vector<double> fill, bool nearest, double eps,
-                        const Tensor& erased, const Tensor& cam, const Tensor& cam32, const Tensor& extent) {
+void cam_erase_fwd_cuda(const Tensor& features, const Tensor& weight, const Tensor& target,
+                        const Tensor& images, double threshold, double sharpness, std::vector<double> fill,
+                        bool nearest, double eps, const Tensor& erased, const Tensor& cam,
+                        const Tensor& cam32, const Tensor& extent) {
   CamEraseFwd call{};
   call.front = front_of(features, weight, target, eps, cam, cam32, extent);
   call.erasing = erasing_of(images, cam, threshold, sharpness, fill, nearest);
@@ -42,9 +42,9 @@ void cam_erase_fwd_cuda(const Tensor& features, const Tensor& weight, const Tens
 }
 
 void cam_erase_bwd_cuda(const Tensor& grad_erased, const std::optional<Tensor>& grad_cam,
-                        const std::optional<Tensor>& images, const Tensor& cam, double threshold, double sharpness,
-                        std::vector<double> fill, bool nearest, bool need_images, bool need_map,
-                        const Tensor& grad_images, const Tensor& grad_map) {
+                        const std::optional<Tensor>& images, const Tensor& cam, double threshold,
+                        double sharpness, std::vector<double> fill, bool nearest, bool need_images,
+                        bool need_map, const Tensor& grad_images, const Tensor& grad_map) {
   CamEraseBwd call{};
   call.erasing = erasing_of(grad_erased, cam, threshold, sharpness, fill, nearest);
   call.grad_erased = grad_erased.const_data_ptr();

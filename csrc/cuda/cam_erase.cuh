@@ -25,9 +25,9 @@ struct Erasing {
   DType dtype;
   bool nearest;
   bool channels_last;
-  bool vectors;              // 16-byte accesses along image rows
-  int fills;                 // 1, or one for each of the image's channels
-  float fill[kFills];        // rounded to the image's dtype
+  bool vectors;                // 16-byte accesses along image rows
+  int fills;                   // 1, or one for each of the image's channels
+  float fill[kFills];          // rounded to the image's dtype
   uint32_t fill_bits[kFills];  // the same as the image's dtype stores it
 
   __host__ __device__ int map_pixels() const { return map_height * map_width; }
@@ -119,8 +119,8 @@ __device__ void erase_pixels(const Erasing& erasing, const float* heat, const El
 
 // The same for channels_last images, a vector of neighbouring elements by one thread.
 template <typename Element, int kVec, bool kSoft>
-__device__ void erase_elements(const Erasing& erasing, const float* heat, const Element* image, Element* erased,
-                               int begin, int end) {
+__device__ void erase_elements(const Erasing& erasing, const float* heat, const Element* image,
+                               Element* erased, int begin, int end) {
   const int row_elements = erasing.image_width * erasing.depth;
   const int vectors = row_elements / kVec;
 #pragma unroll 1
@@ -165,8 +165,8 @@ __device__ void erase_elements(const Erasing& erasing, const float* heat, const 
 }
 
 template <typename Element, bool kSoft>
-__device__ void erase_rows_as(const Erasing& erasing, const float* heat, int64_t image, const void* from, void* to,
-                              int begin, int end) {
+__device__ void erase_rows_as(const Erasing& erasing, const float* heat, int64_t image, const void* from,
+                              void* to, int begin, int end) {
   const Element* source = static_cast<const Element*>(from) + image * erasing.elements();
   Element* erased = static_cast<Element*>(to) + image * erasing.elements();
   if (!erasing.vectors) {
@@ -180,8 +180,8 @@ __device__ void erase_rows_as(const Erasing& erasing, const float* heat, int64_t
 
 // Erases rows [begin, end) of an image. heat: [h, w], normalised; from, to: [N, D, H0, W0]
 template <bool kSoft>
-__device__ void erase_rows(const Erasing& erasing, const float* heat, int64_t image, const void* from, void* to,
-                           int begin, int end) {
+__device__ void erase_rows(const Erasing& erasing, const float* heat, int64_t image, const void* from,
+                           void* to, int begin, int end) {
   if constexpr (kSoft) {
     if (erasing.dtype == DType::kFloat) {
       erase_rows_as<float, true>(erasing, heat, image, from, to, begin, end);
@@ -207,7 +207,8 @@ struct CamEraseFwd {
 };
 
 template <typename T, bool kChannelsLast, bool kSoft>
-__global__ void __launch_bounds__(kThreads, 2) cam_erase_fwd_kernel(const __grid_constant__ CamEraseFwd call) {
+__global__ void __launch_bounds__(kThreads, 2)
+    cam_erase_fwd_kernel(const __grid_constant__ CamEraseFwd call) {
   const CamFront& front = call.front;
   const int rank = cluster_rank();
   const int size = cluster_size();
@@ -228,10 +229,10 @@ struct CamEraseBwd {
   const void* images;       // [N, D, H0, W0], null when erasing hard
   const float* cam;         // [N, h, w], normalised
   AnyArray grad_cam;        // [N, h, w], or null
-  void* grad_images;  // [N, D, H0, W0], or null
-  float* grad_map;    // [N, h, w], or null
-  int strips;         // blocks for each image, when erasing hard
-  int tile_rows;      // image rows whose gate gradients are in shared memory together
+  void* grad_images;        // [N, D, H0, W0], or null
+  float* grad_map;          // [N, h, w], or null
+  int strips;               // blocks for each image, when erasing hard
+  int tile_rows;            // image rows whose gate gradients are in shared memory together
 };
 
 // Hard erasing: an erased pixel's gradient is 0, the others' keep their bits; that is erasing, with fill 0.
@@ -248,7 +249,8 @@ __global__ inline void __launch_bounds__(kThreads, 2)
   }
   __syncthreads();
   erase_rows<false>(erasing, heat, image, call.grad_erased, call.grad_images,
-                    static_cast<int>(rows * strip / call.strips), static_cast<int>(rows * (strip + 1) / call.strips));
+                    static_cast<int>(rows * strip / call.strips),
+                    static_cast<int>(rows * (strip + 1) / call.strips));
 }
 
 struct SoftBuffers {
@@ -261,7 +263,8 @@ struct SoftBuffers {
 
 // Rows are padded by one so that a warp that reads down a column meets every bank.
 template <typename Memory>
-__host__ __device__ SoftBuffers take_soft_buffers(Memory& memory, const Erasing& erasing, int tile_rows, int cluster) {
+__host__ __device__ SoftBuffers take_soft_buffers(Memory& memory, const Erasing& erasing, int tile_rows,
+                                                  int cluster) {
   SoftBuffers buffers;
   buffers.heat = memory.template take<float>(erasing.map_pixels());
   buffers.slopes = memory.template take<float>(int64_t{tile_rows} * (erasing.image_width + 1));
@@ -273,14 +276,16 @@ __host__ __device__ SoftBuffers take_soft_buffers(Memory& memory, const Erasing&
 
 // Image rows [begin, end): writes the image's gradient and leaves that of the upsampled heat in slopes.
 template <typename Element, int kVec>
-__device__ void soft_backward(const CamEraseBwd& call, int64_t image, const SoftBuffers& buffers, int begin, int end) {
+__device__ void soft_backward(const CamEraseBwd& call, int64_t image, const SoftBuffers& buffers, int begin,
+                              int end) {
   const Erasing& erasing = call.erasing;
   const Strides strides = strides_of(erasing);
   const int columns = erasing.image_width / kVec;
   const int64_t base = image * erasing.elements();
   const Element* grads = static_cast<const Element*>(call.grad_erased) + base;
   const Element* pixels = static_cast<const Element*>(call.images) + base;
-  Element* grad_pixels = call.grad_images == nullptr ? nullptr : static_cast<Element*>(call.grad_images) + base;
+  Element* grad_pixels =
+      call.grad_images == nullptr ? nullptr : static_cast<Element*>(call.grad_images) + base;
 #pragma unroll 1
   for (int item = threadIdx.x; item < (end - begin) * columns; item += blockDim.x) {
     const int y = item / columns;
@@ -306,7 +311,8 @@ __device__ void soft_backward(const CamEraseBwd& call, int64_t image, const Soft
       if (grad_pixels != nullptr) {
         Vector<Element, kVec> result;
 #pragma unroll
-        for (int i = 0; i < kVec; ++i) result.at[i] = from_float<Element>(to_float(grad.at[i]) * (1.0f - gates[i]));
+        for (int i = 0; i < kVec; ++i)
+          result.at[i] = from_float<Element>(to_float(grad.at[i]) * (1.0f - gates[i]));
         store_vector<kVec>(grad_pixels + at, result);
       }
     }
@@ -336,7 +342,8 @@ __device__ inline void gather_slopes(const Erasing& erasing, const SoftBuffers& 
     const float from = (static_cast<float>(column) - 0.5f) / erasing.scale_x - 2.0f;
     const float to = (static_cast<float>(column) + 1.5f) / erasing.scale_x + 2.0f;
     const int x_begin = column == 0 ? 0 : max(0, static_cast<int>(from));
-    const int x_end = column == width - 1 ? erasing.image_width : min(erasing.image_width, static_cast<int>(to) + 1);
+    const int x_end =
+        column == width - 1 ? erasing.image_width : min(erasing.image_width, static_cast<int>(to) + 1);
     const float* slopes = buffers.slopes + y * (erasing.image_width + 1);
     float sum = 0.0f;
 #pragma unroll 1
@@ -404,7 +411,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 // What follows from the sizes and the fill that the caller has set.
-inline void plan_erasing(const Hardware& hardware, Erasing& erasing, std::initializer_list<const void*> pointers) {
+inline void plan_erasing(const Hardware& hardware, Erasing& erasing,
+                         std::initializer_list<const void*> pointers) {
   if (erasing.elements() > std::numeric_limits<int32_t>::max()) {
     throw std::runtime_error("cam_erase: an image of " + std::to_string(erasing.elements()) +
                              " elements is larger than the CUDA kernels allow (2**31 - 1 in one image)");
@@ -493,9 +501,8 @@ void launch_cam_erase_bwd(Launcher& launcher, CamEraseBwd call) {
   if (shared_with(cluster) > hardware.shared_limit) cluster = 1;
   check(shared_with(cluster));
   const LaunchShape shape{erasing.images * cluster, hardware.threads, cluster, shared_with(cluster)};
-  dispatch(erasing.dtype, [&](auto element) {
-    launcher.run(cam_erase_bwd_soft_kernel<decltype(element)>, shape, call);
-  });
+  dispatch(erasing.dtype,
+           [&](auto element) { launcher.run(cam_erase_bwd_soft_kernel<decltype(element)>, shape, call); });
 }
 
 }  // namespace camkernels::cuda

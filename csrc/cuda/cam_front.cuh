@@ -5,6 +5,9 @@
 // distributed shared memory, after which every block holds the complete maps and normalises them by itself.
 #pragma once
 
+#ifdef CAMKERNELS_DEBUG
+#include <cassert>
+#endif
 #include <cmath>
 
 #include "../shared/min_max.h"
@@ -46,10 +49,12 @@ struct FrontBuffers {
 };
 
 template <typename T, int kMaps, typename Memory>
-__host__ __device__ FrontBuffers take_front_buffers(Memory& memory, const CamFront& front, int threads, int cluster) {
+__host__ __device__ FrontBuffers take_front_buffers(Memory& memory, const CamFront& front, int threads,
+                                                    int cluster) {
   FrontBuffers buffers;
   buffers.weights = memory.template take<float>(kWeights);
-  buffers.partial = memory.template take<float>(front.channels_last ? 0 : threads * (front.vectors ? kVectorOf<T> : 1));
+  buffers.partial =
+      memory.template take<float>(front.channels_last ? 0 : threads * (front.vectors ? kVectorOf<T> : 1));
   buffers.map = memory.template take<float>(int64_t{kMaps} * front.pixels());
   buffers.total = cluster == 1 ? buffers.map : memory.template take<float>(int64_t{kMaps} * front.pixels());
   buffers.extrema = memory.template take<float>(kMaps * (threads / kWarp) * 2);
@@ -57,7 +62,8 @@ __host__ __device__ FrontBuffers take_front_buffers(Memory& memory, const CamFro
 }
 
 // The class of a map; -1 where there is none or where the index is outside [0, classes).
-__device__ __forceinline__ int64_t class_of(AnyArray target, int64_t classes, int maps, int64_t image, int map) {
+__device__ __forceinline__ int64_t class_of(AnyArray target, int64_t classes, int maps, int64_t image,
+                                            int map) {
   if (map >= maps) return -1;
   if (target.data == nullptr) return map;
   const int64_t at = image * maps + map;
@@ -79,8 +85,7 @@ __device__ void stage_weights(const CamFront& front, int64_t image, int first_ma
     const int64_t row = class_of(front.target, front.classes, front.maps, image, first_map + m);
 #pragma unroll 1
     for (int c = threadIdx.x; c < count; c += blockDim.x) {
-      weights[m * count + c] =
-          row < 0 ? NAN : load_as_float(front.weight, row * front.channels + begin + c);
+      weights[m * count + c] = row < 0 ? NAN : load_as_float(front.weight, row * front.channels + begin + c);
     }
   }
 }
@@ -223,7 +228,8 @@ __device__ void sum_pixels(const CamFront& front, int64_t image, int first_map, 
           for (int i = 0; i < kVec; ++i) {
             const float weight = weights[i];
 #pragma unroll
-            for (int j = 0; j < kPixels; ++j) sums[j][m] = fmaf(weight, to_float(loaded[j].at[i]), sums[j][m]);
+            for (int j = 0; j < kPixels; ++j)
+              sums[j][m] = fmaf(weight, to_float(loaded[j].at[i]), sums[j][m]);
           }
         }
       }
@@ -303,7 +309,8 @@ __device__ void normalise_maps(const CamFront& front, int64_t image, int first_m
     // Threads without a pixel start from pixel 0, which changes no extremum.
     Extrema<float> extrema = {map[0], map[0]};
 #pragma unroll 1
-    for (int p = threadIdx.x; p < pixels; p += blockDim.x) extrema = merge(extrema, Extrema<float>{map[p], map[p]});
+    for (int p = threadIdx.x; p < pixels; p += blockDim.x)
+      extrema = merge(extrema, Extrema<float>{map[p], map[p]});
     extrema = warp_merge(extrema);
     if (threadIdx.x % kWarp == 0) {
       float* slot = buffers.extrema + (m * warps + threadIdx.x / kWarp) * 2;

@@ -84,7 +84,8 @@ class SharedMemory {
   template <typename T>
   __device__ __forceinline__ T* take(int64_t count) {
     T* piece = reinterpret_cast<T*>(next_);
-    next_ += (count * static_cast<int64_t>(sizeof(T)) + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment;
+    next_ += (count * static_cast<int64_t>(sizeof(T)) + kSharedAlignment - 1) / kSharedAlignment *
+             kSharedAlignment;
     return piece;
   }
 
@@ -110,7 +111,8 @@ class SharedSize {
  public:
   template <typename T>
   T* take(int64_t count) {
-    bytes_ += (count * static_cast<int64_t>(sizeof(T)) + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment;
+    bytes_ += (count * static_cast<int64_t>(sizeof(T)) + kSharedAlignment - 1) / kSharedAlignment *
+              kSharedAlignment;
     return nullptr;
   }
   int64_t bytes() const { return bytes_; }

@@ -6,6 +6,8 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
+#include <limits>
+#include <memory>
 #include <mutex>
 #include <vector>
 
@@ -14,6 +16,18 @@
 
 namespace camkernels::cuda {
 
+// Never launched: the driver tells of it which of the architectures built for serves the device.
+static __global__ void architecture_probe_kernel() {}
+
+// Kernels compiled for less than sm_90 know no clusters, also where the driver brings them to a newer device.
+inline bool compiled_for_clusters() {
+  cudaFuncAttributes attributes{};
+  STD_CUDA_CHECK(
+      cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(architecture_probe_kernel)));
+  return attributes.ptxVersion >= 90;
+}
+
+// `device` is the current one.
 inline Hardware query_hardware(int device) {
   const auto attribute = [&](cudaDeviceAttr name) {
     int value = 0;
@@ -22,7 +36,8 @@ inline Hardware query_hardware(int device) {
   };
   Hardware hardware{};
   hardware.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
-  hardware.max_cluster = attribute(cudaDevAttrClusterLaunch) != 0 ? kMaxCluster : 1;
+  hardware.max_cluster =
+      attribute(cudaDevAttrClusterLaunch) != 0 && compiled_for_clusters() ? kMaxCluster : 1;
   hardware.shared_limit = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   hardware.threads = kThreads;
   return hardware;

@@ -16,11 +16,11 @@ inline constexpr int kMaxCluster = 8;  // what every sm_90 device can schedule
 
 struct Hardware {
   int multiprocessors;
-  int max_cluster;          // 1: no clusters
-  int64_t shared_limit;     // bytes of shared memory that a block may have
-  int threads = kThreads;   // a multiple of a warp
+  int max_cluster;                    // 1: no clusters
+  int64_t shared_limit;               // bytes of shared memory that a block may have
+  int threads = kThreads;             // a multiple of a warp
   int64_t smallest_share = 16 << 10;  // bytes of input below which a block is not worth having
-  bool vectors = true;      // 16-byte accesses where the data allow
+  bool vectors = true;                // 16-byte accesses where the data allow
 };
 
 struct LaunchShape {
@@ -44,10 +44,12 @@ inline int choose_cluster(const Hardware& hardware, int64_t items, int64_t bytes
 
 inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-inline std::runtime_error too_large(const char* op, int64_t height, int64_t width, int64_t bytes, int64_t limit) {
-  return std::runtime_error(std::string(op) + ": a map of " + std::to_string(height) + " x " + std::to_string(width) +
-                            " needs " + std::to_string(bytes) + " bytes of shared memory, this GPU allows a block " +
-                            std::to_string(limit) + "; use camkernels.use_backend(\"triton\") for it");
+inline std::runtime_error too_large(const char* op, int64_t height, int64_t width, int64_t bytes,
+                                    int64_t limit) {
+  return std::runtime_error(std::string(op) + ": a map of " + std::to_string(height) + " x " +
+                            std::to_string(width) + " needs " + std::to_string(bytes) +
+                            " bytes of shared memory, this GPU allows a block " + std::to_string(limit) +
+                            "; use camkernels.use_backend(\"triton\") for it");
 }
 
 // Calls `function` with a value of the element type.

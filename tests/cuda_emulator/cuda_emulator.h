@@ -1,8 +1,10 @@
-// Runs CUDA kernels on the host, one fiber per CUDA thread, so that kernel sources can be tested without a GPU.
+// Runs CUDA kernels on the host, one fiber per CUDA thread, so that kernel sources can be tested without a
+// GPU.
 //
 // A kernel that includes this header instead of the CUDA headers sees threadIdx, blockIdx, blockDim, gridDim,
-// dynamic shared memory, __syncthreads, warp shuffles and votes, clusters with distributed shared memory, uint4
-// and the half types. All blocks of a cluster run together; clusters run one after another, in random order.
+// dynamic shared memory, __syncthreads, warp shuffles and votes, clusters with distributed shared memory,
+// uint4 and the half types. All blocks of a cluster run together; clusters run one after another, in random
+// order.
 //
 // Between two barriers the threads run one at a time, in an order drawn from a seed: a missing barrier lets a
 // reader run before its writer, and the result changes. Shared memory starts as NaN and each array in it is a
@@ -105,8 +107,8 @@ struct Thread {
   Fiber fiber;
   Block* block = nullptr;
   unsigned index = 0;
-  int64_t shared_at = 0;  // bytes of shared memory taken so far
-  uint64_t exchanged = 0;  // what this thread gives to a shuffle or a vote
+  int64_t shared_at = 0;       // bytes of shared memory taken so far
+  uint64_t exchanged = 0;      // what this thread gives to a shuffle or a vote
   std::vector<uint64_t> seen;  // what its warp gave, once all have arrived
   bool arrived_at_cluster = false;
   const Meeting* waits_in = nullptr;
@@ -230,7 +232,8 @@ class Machine {
     self.shared_at += (bytes + 15) / 16 * 16;
     if (self.shared_at > shape_.shared) {
       throw std::runtime_error("the kernel takes " + std::to_string(self.shared_at) +
-                               " bytes of shared memory, the launch gives it " + std::to_string(shape_.shared));
+                               " bytes of shared memory, the launch gives it " +
+                               std::to_string(shape_.shared));
     }
     Piece& piece = self.block->shared[at];
     if (bytes == 0) return nullptr;
@@ -250,7 +253,8 @@ class Machine {
       const char* begin = piece.memory.get();
       if (begin == nullptr || byte < begin || byte >= begin + piece.bytes) continue;
       Block& other = cluster_.blocks.at(static_cast<size_t>(rank));
-      if (std::any_of(other.threads.begin(), other.threads.end(), [](auto& thread) { return thread->finished; })) {
+      if (std::any_of(other.threads.begin(), other.threads.end(),
+                      [](auto& thread) { return thread->finished; })) {
         throw std::runtime_error("a block reads shared memory of a block that has left the kernel");
       }
       const auto found = other.shared.find(at);
@@ -298,7 +302,8 @@ class Machine {
     if (error_ != nullptr) std::rethrow_exception(error_);
     for (Block& block : cluster_.blocks) {
       for (auto& thread : block.threads) {
-        if (!thread->finished) throw std::runtime_error("deadlock: thread " + name(*thread) + " waits in " + thread->site.text());
+        if (!thread->finished)
+          throw std::runtime_error("deadlock: thread " + name(*thread) + " waits in " + thread->site.text());
       }
     }
   }
@@ -314,9 +319,7 @@ class Machine {
     machine.running_->fiber.finish(machine.scheduler_);
   }
 
-  void wait() {
-    thread().fiber.switch_to(scheduler_);
-  }
+  void wait() { thread().fiber.switch_to(scheduler_); }
 
   void release(Thread& thread) {
     thread.waits_in = nullptr;
@@ -328,8 +331,9 @@ class Machine {
   }
 
   [[noreturn]] void fail(const char* what, const Thread& one, const Thread& other) {
-    throw std::runtime_error(std::string(what) + ": thread " + name(one) + " is in " + one.site.text() + ", thread " +
-                             name(other) + (other.site.what == nullptr ? " in none" : " in " + other.site.text()));
+    throw std::runtime_error(std::string(what) + ": thread " + name(one) + " is in " + one.site.text() +
+                             ", thread " + name(other) +
+                             (other.site.what == nullptr ? " in none" : " in " + other.site.text()));
   }
 
   Shape shape_;
@@ -379,7 +383,8 @@ T shuffle(unsigned mask, T value, unsigned lane, const char* what, const char* f
 inline unsigned lane() { return Machine::instance().thread().index % kWarpSize; }
 
 inline unsigned ballot(unsigned mask, bool predicate, const char* file, int line) {
-  const std::vector<uint64_t>& all = Machine::instance().exchange(predicate, {"__ballot_sync", file, line, mask});
+  const std::vector<uint64_t>& all =
+      Machine::instance().exchange(predicate, {"__ballot_sync", file, line, mask});
   unsigned votes = 0;
   for (unsigned i = 0; i < kWarpSize; ++i) votes |= static_cast<unsigned>(all[i]) << i;
   return votes;

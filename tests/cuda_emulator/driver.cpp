@@ -32,8 +32,8 @@ class EmulatorLauncher {
 
   template <typename Kernel, typename Call>
   void run(Kernel kernel, const LaunchShape& shape, const Call& call) {
-    emulator::Machine::instance().run(kernel, {shape.blocks, shape.threads, shape.cluster, shape.shared}, call,
-                                      seed_++);
+    emulator::Machine::instance().run(kernel, {shape.blocks, shape.threads, shape.cluster, shape.shared},
+                                      call, seed_++);
   }
 
  private:
@@ -86,7 +86,8 @@ int64_t emulate_cam_bwd(const Setting* setting, const CamBwd* call) {
   });
 }
 
-int64_t emulate_cam_erase_fwd(const Setting* setting, const CamEraseFwd* call, const double* fill, int64_t count) {
+int64_t emulate_cam_erase_fwd(const Setting* setting, const CamEraseFwd* call, const double* fill,
+                              int64_t count) {
   return guarded(setting, [&](EmulatorLauncher& launcher) {
     CamEraseFwd filled = *call;
     set_fill(filled.erasing, fill, count);
@@ -94,7 +95,8 @@ int64_t emulate_cam_erase_fwd(const Setting* setting, const CamEraseFwd* call, c
   });
 }
 
-int64_t emulate_cam_erase_bwd(const Setting* setting, const CamEraseBwd* call, const double* fill, int64_t count) {
+int64_t emulate_cam_erase_bwd(const Setting* setting, const CamEraseBwd* call, const double* fill,
+                              int64_t count) {
   return guarded(setting, [&](EmulatorLauncher& launcher) {
     CamEraseBwd filled = *call;
     set_fill(filled.erasing, fill, count);
@@ -105,8 +107,10 @@ int64_t emulate_cam_erase_bwd(const Setting* setting, const CamEraseBwd* call, c
 // from, to: [blocks * threads]
 int64_t emulate_reverse(const Setting* setting, const float* from, float* to, int32_t mistake) {
   return guarded(setting, [&](EmulatorLauncher& launcher) {
-    const LaunchShape shape{setting->cluster, setting->threads, setting->cluster, int64_t{4} * setting->threads};
-    launcher.run(emulator::reverse_kernel, shape, emulator::Reverse{from, to, static_cast<emulator::Mistake>(mistake)});
+    const LaunchShape shape{setting->cluster, setting->threads, setting->cluster,
+                            int64_t{4} * setting->threads};
+    launcher.run(emulator::reverse_kernel, shape,
+                 emulator::Reverse{from, to, static_cast<emulator::Mistake>(mistake)});
   });
 }
 

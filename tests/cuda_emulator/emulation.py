@@ -15,7 +15,7 @@ from torch import Tensor
 
 FOLDER = Path(__file__).parent
 SANITIZE = "CAMKERNELS_EMULATOR_SANITIZE"
-_DTYPES = {d: i for i, d in enumerate((torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int32, torch.int64))}
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int32, torch.int64)
 MISTAKES = (
     "none",
     "no_barrier",
@@ -25,7 +25,8 @@ MISTAKES = (
     "part_of_a_warp_shuffles",
     "beyond_the_end",
 )
-_Pointer, _I64, _I32, _F32, _Bool = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.c_bool
+_Pointer, _I64, _I32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+_F32, _Bool = ctypes.c_float, ctypes.c_bool
 
 
 def compiler() -> str | None:
@@ -37,7 +38,8 @@ def build(folder: Path, sanitize: bool) -> Path:
     library = folder / ("emulator_sanitized.so" if sanitize else "emulator.so")
     found = compiler()
     assert found is not None
-    mode = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] if sanitize else ["-O2"]
+    sanitizers = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    mode = sanitizers if sanitize else ["-O2"]
     flags = ["-std=c++20", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     sources = [f"-I{FOLDER}", str(FOLDER / "driver.cpp"), "-o", str(library)]
     subprocess.run([found, *mode, *flags, "-DCAMKERNELS_EMULATOR", *sources], check=True)
@@ -51,7 +53,8 @@ def sanitizer_runtimes() -> list[str]:
         return []
     paths = []
     for name in ("libasan.so", "libubsan.so", "libstdc++.so"):
-        answer = subprocess.run([found, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        command = [found, f"-print-file-name={name}"]
+        answer = subprocess.run(command, capture_output=True, text=True).stdout.strip()
         if not Path(answer).is_absolute():
             return []
         paths.append(str(Path(answer).resolve()))
@@ -70,30 +73,84 @@ _Setting = _struct("Setting", seed=_I64, threads=_I32, cluster=_I32, vectors=_I3
 _Array = _struct("AnyArray", data=_Pointer, dtype=_I32)
 _Front = _struct(
     "CamFront",
-    features=_Pointer, weight=_Array, target=_Array, cam=_Pointer, cam32=_Pointer, extent=_Pointer,
-    images=_I64, classes=_I64, channels=_I32, height=_I32, width=_I32, maps=_I32, eps=_F32,
-    features_dtype=_I32, channels_last=_Bool, vectors=_Bool, rows=_I32,
-)  # fmt: skip
+    features=_Pointer,
+    weight=_Array,
+    target=_Array,
+    cam=_Pointer,
+    cam32=_Pointer,
+    extent=_Pointer,
+    images=_I64,
+    classes=_I64,
+    channels=_I32,
+    height=_I32,
+    width=_I32,
+    maps=_I32,
+    eps=_F32,
+    features_dtype=_I32,
+    channels_last=_Bool,
+    vectors=_Bool,
+    rows=_I32,
+)
 _CamFwd = _struct("CamFwd", front=_Front, bias=_Array, normalize=_Bool)
 _CamBwd = _struct(
     "CamBwd",
-    grad_cam=_Array, features=_Pointer, weight=_Array, target=_Array, cam=_Pointer, extent=_Pointer,
-    grad_features=_Pointer, grad_weight=_Pointer, grad_bias=_Pointer, scratch=_Pointer,
-    images=_I64, classes=_I64, channels=_I32, height=_I32, width=_I32, maps=_I32, eps=_F32,
-    features_dtype=_I32, channels_last=_Bool, normalize=_Bool, vectors=_Bool, rows=_I32, share=_I32,
-)  # fmt: skip
+    grad_cam=_Array,
+    features=_Pointer,
+    weight=_Array,
+    target=_Array,
+    cam=_Pointer,
+    extent=_Pointer,
+    grad_features=_Pointer,
+    grad_weight=_Pointer,
+    grad_bias=_Pointer,
+    scratch=_Pointer,
+    images=_I64,
+    classes=_I64,
+    channels=_I32,
+    height=_I32,
+    width=_I32,
+    maps=_I32,
+    eps=_F32,
+    features_dtype=_I32,
+    channels_last=_Bool,
+    normalize=_Bool,
+    vectors=_Bool,
+    rows=_I32,
+    share=_I32,
+)
 _Erasing = _struct(
     "Erasing",
-    images=_I64, depth=_I32, image_height=_I32, image_width=_I32, map_height=_I32, map_width=_I32,
-    threshold=_F32, sharpness=_F32, scale_y=_F32, scale_x=_F32, dtype=_I32, nearest=_Bool, channels_last=_Bool,
-    vectors=_Bool, fills=_I32, fill=_F32 * 16, fill_bits=ctypes.c_uint32 * 16,
-)  # fmt: skip
+    images=_I64,
+    depth=_I32,
+    image_height=_I32,
+    image_width=_I32,
+    map_height=_I32,
+    map_width=_I32,
+    threshold=_F32,
+    sharpness=_F32,
+    scale_y=_F32,
+    scale_x=_F32,
+    dtype=_I32,
+    nearest=_Bool,
+    channels_last=_Bool,
+    vectors=_Bool,
+    fills=_I32,
+    fill=_F32 * 16,
+    fill_bits=ctypes.c_uint32 * 16,
+)
 _CamEraseFwd = _struct("CamEraseFwd", front=_Front, erasing=_Erasing, images=_Pointer, erased=_Pointer)
 _CamEraseBwd = _struct(
     "CamEraseBwd",
-    erasing=_Erasing, grad_erased=_Pointer, images=_Pointer, cam=_Pointer, grad_cam=_Array,
-    grad_images=_Pointer, grad_map=_Pointer, strips=_I32, tile_rows=_I32,
-)  # fmt: skip
+    erasing=_Erasing,
+    grad_erased=_Pointer,
+    images=_Pointer,
+    cam=_Pointer,
+    grad_cam=_Array,
+    grad_images=_Pointer,
+    grad_map=_Pointer,
+    strips=_I32,
+    tile_rows=_I32,
+)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
@@ -101,7 +158,7 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 
 def _array(tensor: Tensor | None) -> ctypes.Structure:
-    return _Array(data=_pointer(tensor), dtype=0 if tensor is None else _DTYPES[tensor.dtype])
+    return _Array(data=_pointer(tensor), dtype=0 if tensor is None else _DTYPES.index(tensor.dtype))
 
 
 def _channels_last(tensor: Tensor) -> bool:
@@ -152,53 +209,158 @@ class Emulator:
         self.launches[name] = launched
 
     @staticmethod
-    def _front(features: Tensor, weight: Tensor, target: Tensor | None, eps: float, cam: Tensor, cam32: Tensor, extent: Tensor) -> ctypes.Structure:
+    def _front(
+        features: Tensor,
+        weight: Tensor,
+        target: Tensor | None,
+        eps: float,
+        cam: Tensor,
+        cam32: Tensor,
+        extent: Tensor,
+    ) -> ctypes.Structure:
         images, channels, height, width = features.shape
         return _Front(
-            features=_pointer(features), weight=_array(weight), target=_array(target), cam=_pointer(cam),
-            cam32=_pointer(cam32), extent=_pointer(extent), images=images, classes=weight.shape[0],
-            channels=channels, height=height, width=width, maps=cam.shape[1], eps=eps,
-            features_dtype=_DTYPES[features.dtype], channels_last=_channels_last(features),
-        )  # fmt: skip
+            features=_pointer(features),
+            weight=_array(weight),
+            target=_array(target),
+            cam=_pointer(cam),
+            cam32=_pointer(cam32),
+            extent=_pointer(extent),
+            images=images,
+            classes=weight.shape[0],
+            channels=channels,
+            height=height,
+            width=width,
+            maps=cam.shape[1],
+            eps=eps,
+            features_dtype=_DTYPES.index(features.dtype),
+            channels_last=_channels_last(features),
+        )
 
-    def cam_fwd(self, features: Tensor, weight: Tensor, target: Tensor | None, bias: Tensor | None, normalize: bool, eps: float, cam: Tensor, cam32: Tensor, extent: Tensor) -> None:
+    def cam_fwd(
+        self,
+        features: Tensor,
+        weight: Tensor,
+        target: Tensor | None,
+        bias: Tensor | None,
+        normalize: bool,
+        eps: float,
+        cam: Tensor,
+        cam32: Tensor,
+        extent: Tensor,
+    ) -> None:
         front = self._front(features, weight, target, eps, cam, cam32, extent)
-        self._call("cam_fwd", _CamFwd(front=front, bias=_array(bias), normalize=normalize), [cam, cam32, extent])
+        call = _CamFwd(front=front, bias=_array(bias), normalize=normalize)
+        self._call("cam_fwd", call, [cam, cam32, extent])
 
-    def cam_bwd(self, grad_cam: Tensor, features: Tensor, weight: Tensor, target: Tensor | None, cam: Tensor, extent: Tensor, normalize: bool, eps: float, need_features: bool, need_weight: bool, need_bias: bool, grad_features: Tensor, grad_weight: Tensor, grad_bias: Tensor) -> None:
+    def cam_bwd(
+        self,
+        grad_cam: Tensor,
+        features: Tensor,
+        weight: Tensor,
+        target: Tensor | None,
+        cam: Tensor,
+        extent: Tensor,
+        normalize: bool,
+        eps: float,
+        need_features: bool,
+        need_weight: bool,
+        need_bias: bool,
+        grad_features: Tensor,
+        grad_weight: Tensor,
+        grad_bias: Tensor,
+    ) -> None:
         images, channels, height, width = features.shape
         call = _CamBwd(
-            grad_cam=_array(grad_cam), features=_pointer(features), weight=_array(weight), target=_array(target),
-            cam=_pointer(cam), extent=_pointer(extent), grad_features=_pointer(grad_features),
-            grad_weight=_pointer(grad_weight), grad_bias=_pointer(grad_bias), images=images,
-            classes=weight.shape[0], channels=channels, height=height, width=width, maps=grad_cam.shape[1], eps=eps,
-            features_dtype=_DTYPES[features.dtype], channels_last=_channels_last(features), normalize=normalize,
-        )  # fmt: skip
+            grad_cam=_array(grad_cam),
+            features=_pointer(features),
+            weight=_array(weight),
+            target=_array(target),
+            cam=_pointer(cam),
+            extent=_pointer(extent),
+            grad_features=_pointer(grad_features),
+            grad_weight=_pointer(grad_weight),
+            grad_bias=_pointer(grad_bias),
+            images=images,
+            classes=weight.shape[0],
+            channels=channels,
+            height=height,
+            width=width,
+            maps=grad_cam.shape[1],
+            eps=eps,
+            features_dtype=_DTYPES.index(features.dtype),
+            channels_last=_channels_last(features),
+            normalize=normalize,
+        )
         self._call("cam_bwd", call, [grad_features, grad_weight, grad_bias])
 
     @staticmethod
-    def _erasing(images: Tensor, cam: Tensor, threshold: float, sharpness: float, nearest: bool) -> ctypes.Structure:
+    def _erasing(
+        images: Tensor, cam: Tensor, threshold: float, sharpness: float, nearest: bool
+    ) -> ctypes.Structure:
         return _Erasing(
-            images=images.shape[0], depth=images.shape[1], image_height=images.shape[2], image_width=images.shape[3],
-            map_height=cam.shape[2], map_width=cam.shape[3], threshold=threshold, sharpness=sharpness,
-            dtype=_DTYPES[images.dtype], nearest=nearest, channels_last=_channels_last(images),
-        )  # fmt: skip
+            images=images.shape[0],
+            depth=images.shape[1],
+            image_height=images.shape[2],
+            image_width=images.shape[3],
+            map_height=cam.shape[2],
+            map_width=cam.shape[3],
+            threshold=threshold,
+            sharpness=sharpness,
+            dtype=_DTYPES.index(images.dtype),
+            nearest=nearest,
+            channels_last=_channels_last(images),
+        )
 
-    def cam_erase_fwd(self, features: Tensor, weight: Tensor, target: Tensor, images: Tensor, threshold: float, sharpness: float, fill: list[float], nearest: bool, eps: float, erased: Tensor, cam: Tensor, cam32: Tensor, extent: Tensor) -> None:
+    def cam_erase_fwd(
+        self,
+        features: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        images: Tensor,
+        threshold: float,
+        sharpness: float,
+        fill: list[float],
+        nearest: bool,
+        eps: float,
+        erased: Tensor,
+        cam: Tensor,
+        cam32: Tensor,
+        extent: Tensor,
+    ) -> None:
         call = _CamEraseFwd(
             front=self._front(features, weight, target, eps, cam, cam32, extent),
             erasing=self._erasing(images, cam, threshold, sharpness, nearest),
-            images=_pointer(images), erased=_pointer(erased),
-        )  # fmt: skip
+            images=_pointer(images),
+            erased=_pointer(erased),
+        )
         colours = (ctypes.c_double * len(fill))(*fill)
         self._call("cam_erase_fwd", call, [erased, cam, cam32, extent], colours, _I64(len(fill)))
 
-    def cam_erase_bwd(self, grad_erased: Tensor, grad_cam: Tensor | None, images: Tensor | None, cam: Tensor, threshold: float, sharpness: float, fill: list[float], nearest: bool, need_images: bool, need_map: bool, grad_images: Tensor, grad_map: Tensor) -> None:
+    def cam_erase_bwd(
+        self,
+        grad_erased: Tensor,
+        grad_cam: Tensor | None,
+        images: Tensor | None,
+        cam: Tensor,
+        threshold: float,
+        sharpness: float,
+        fill: list[float],
+        nearest: bool,
+        need_images: bool,
+        need_map: bool,
+        grad_images: Tensor,
+        grad_map: Tensor,
+    ) -> None:
         call = _CamEraseBwd(
             erasing=self._erasing(grad_erased, cam, threshold, sharpness, nearest),
-            grad_erased=_pointer(grad_erased), images=_pointer(images), cam=_pointer(cam), grad_cam=_array(grad_cam),
-            grad_images=_pointer(grad_images), grad_map=_pointer(grad_map),
-        )  # fmt: skip
+            grad_erased=_pointer(grad_erased),
+            images=_pointer(images),
+            cam=_pointer(cam),
+            grad_cam=_array(grad_cam),
+            grad_images=_pointer(grad_images),
+            grad_map=_pointer(grad_map),
+        )
         colours = (ctypes.c_double * len(fill))(*fill)
         self._call("cam_erase_bwd", call, [grad_images, grad_map], colours, _I64(len(fill)))
 
@@ -208,7 +370,8 @@ class Emulator:
         values = torch.arange(cluster * self.threads, dtype=torch.float32)
         result = torch.full_like(values, torch.nan)
         pointers = _Pointer(values.data_ptr()), _Pointer(result.data_ptr())
-        launched = self.library.emulate_reverse(ctypes.byref(setting), *pointers, _I32(MISTAKES.index(mistake)))
+        number = _I32(MISTAKES.index(mistake))
+        launched = self.library.emulate_reverse(ctypes.byref(setting), *pointers, number)
         if launched < 0:
             return str(self.library.emulator_error().decode())
         return "" if torch.equal(result, values.flip(0)) else "a wrong result"

@@ -27,7 +27,8 @@ class Stack {
   static constexpr size_t kGuard = 4 << 10;
 
   Stack() {
-    memory_ = mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    memory_ =
+        mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory_ == MAP_FAILED) throw std::runtime_error("no memory for a fiber's stack");
     mprotect(memory_, kGuard, PROT_NONE);  // an overflow faults instead of reaching a neighbour
   }
@@ -43,8 +44,8 @@ class Stack {
 };
 
 #if defined(__x86_64__)
-// ucontext asks the kernel for the signal mask at each switch, which costs more than the threads' own work; so
-// here the registers that a call preserves are saved by hand.
+// ucontext asks the kernel for the signal mask at each switch, which costs more than the threads' own work;
+// so here the registers that a call preserves are saved by hand.
 extern "C" void emulator_switch_stack(void** save, void* load);
 asm(R"(
 .text
@@ -80,9 +81,9 @@ class Fiber {
 #endif
 #if defined(__x86_64__)
     void** top = reinterpret_cast<void**>(stack.bottom() + stack.size());
-    *--top = nullptr;                                   // keeps the stack aligned as after a call
+    *--top = nullptr;  // keeps the stack aligned as after a call
     *--top = reinterpret_cast<void*>(&Fiber::trampoline);
-    top -= 6;                                           // the registers that the first switch loads
+    top -= 6;  // the registers that the first switch loads
     for (int i = 0; i < 6; ++i) top[i] = nullptr;
     at_ = top;
 #else
