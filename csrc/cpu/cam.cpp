@@ -79,6 +79,7 @@ void cam_bwd_cpu(const Tensor& grad_cam, const Tensor& features, const Tensor& w
                  pixels,
                  maps,
                  is_channels_last(features),
+                 worth_streaming(features.numel()),
                  eps};
   torch::stable::parallel_for(0, images * maps, grain(4 * pixels),
                               [&](int64_t begin, int64_t end) { kernels().cam_bwd_maps(p, begin, end); });

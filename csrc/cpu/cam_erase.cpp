@@ -26,6 +26,7 @@ CamErase describe(const Tensor& like, const Tensor& map, const std::vector<doubl
   p.image_width = like.size(3);
   p.channels_last = is_channels_last(like);
   p.nearest = nearest;
+  p.streamed = worth_streaming(like.numel());
   p.threshold = threshold;
   p.sharpness = sharpness;
   return p;

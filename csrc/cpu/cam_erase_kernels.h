@@ -74,6 +74,39 @@ inline void gate_row(Real* heat, Real threshold, Real sharpness, int64_t row) {
   for (int64_t i = 0; i < row; ++i) heat[i] = sigmoid(sharpness * (heat[i] - threshold));
 }
 
+template <typename Real, typename Wide>
+inline void paint_row(const Real* __restrict gate, const Wide* __restrict fill, const Wide* __restrict from,
+                      Wide* __restrict to, int64_t row) {
+  for (int64_t i = 0; i < row; ++i) {
+    const Wide open = static_cast<Wide>(gate[i]);
+    to[i] = from[i] * (Wide(1) - open) + fill[i] * open;
+  }
+}
+
+template <typename Real, typename Wide>
+inline void keep_row(const Real* __restrict gate, const Wide* __restrict from, Wide* __restrict to,
+                     int64_t row) {
+  for (int64_t i = 0; i < row; ++i) to[i] = from[i] * (Wide(1) - static_cast<Wide>(gate[i]));
+}
+
+// The gradient of the gate, summed over the channels.
+template <typename Real, typename Wide>
+inline void add_grad_gate(const Wide* __restrict grad, const Wide* __restrict fill,
+                          const Wide* __restrict from, Real* __restrict grad_gate, int64_t row) {
+  for (int64_t i = 0; i < row; ++i) grad_gate[i] += static_cast<Real>(grad[i] * (fill[i] - from[i]));
+}
+
+template <typename Real>
+inline void sigmoid_backward(const Real* __restrict gate, Real sharpness, Real* __restrict grad,
+                             int64_t row) {
+  for (int64_t i = 0; i < row; ++i) grad[i] *= sharpness * gate[i] * (Real(1) - gate[i]);
+}
+
+template <typename Real>
+inline void add_scaled(const Real* __restrict from, Real scale, Real* __restrict to, int64_t row) {
+  for (int64_t i = 0; i < row; ++i) to[i] += scale * from[i];
+}
+
 template <typename T>
 inline T narrowed(Accumulate<T> value) {
   T result;
@@ -128,13 +161,19 @@ void erase_hard(const CamErase& p, const Bits* from, Bits* to, const Bits* fill,
   const HeatRows<Real> rows(p, image, g);
   const std::unique_ptr<Real[]> heat(new Real[g.row]);
   const std::unique_ptr<Bits[]> mask(new Bits[g.row]);
+  const std::unique_ptr<Bits[]> out(new Bits[g.row]);
   const int64_t start = image * g.planes * p.image_height * g.row;
   for (int64_t y = row_begin; y < row_end; ++y) {
     rows.blend(y, heat.get());
     threshold_row(heat.get(), static_cast<Real>(p.threshold), mask.get(), g.row);
     for (int64_t d = 0; d < g.planes; ++d) {
       const int64_t offset = start + (d * p.image_height + y) * g.row;
-      select_row(mask.get(), fill + d * g.row, from + offset, to + offset, g.row);
+      select_row(mask.get(), fill + d * g.row, from + offset, out.get(), g.row);
+      if (p.streamed) {
+        stream(out.get(), to + offset, g.row * sizeof(Bits));
+      } else {
+        std::memcpy(to + offset, out.get(), g.row * sizeof(Bits));
+      }
     }
   }
 }
@@ -151,14 +190,15 @@ void cam_erase_fwd(const CamErase& p, int64_t image, int64_t row_begin, int64_t 
       std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
   using Wide = Accumulate<T>;
   const Geometry g = geometry(p);
-  const std::unique_ptr<T[]> fill = fill_rows<T>(p, g);
   const T* images = static_cast<const T*>(p.images.data);
   if (p.sharpness == 0) {
+    const std::unique_ptr<T[]> fill = fill_rows<T>(p, g);
     erase_hard<Real, Bits>(p, as_bits<Bits>(images), static_cast<Bits*>(p.erased), as_bits<Bits>(fill.get()),
                            image, row_begin, row_end);
     return;
   }
   const HeatRows<Real> rows(p, image, g);
+  const std::unique_ptr<Wide[]> fill = fill_rows<Wide>(p, g);
   const std::unique_ptr<Real[]> gate(new Real[g.row]);
   const std::unique_ptr<Wide[]> pixels(new Wide[2 * g.row]);
   T* erased = static_cast<T*>(p.erased);
@@ -170,13 +210,8 @@ void cam_erase_fwd(const CamErase& p, int64_t image, int64_t row_begin, int64_t 
       const int64_t offset = start + (d * p.image_height + y) * g.row;
       const Wide* from = widened(images + offset, pixels.get(), g.row);
       Wide* out = pixels.get() + g.row;
-      const double colour = p.fill[d];  // of this plane; in one plane of all channels it varies
-      for (int64_t i = 0; i < g.row; ++i) {
-        const Wide open = static_cast<Wide>(gate[i]);
-        const Wide painted = static_cast<Wide>(g.planes > 1 ? colour : p.fill[i % g.repeats]);
-        out[i] = from[i] * (Wide(1) - open) + painted * open;
-      }
-      store_row(out, erased + offset, g.row);
+      paint_row(gate.get(), fill.get() + d * g.row, from, out, g.row);
+      store_row(out, erased + offset, g.row, p.streamed);
     }
   }
 }
@@ -196,7 +231,8 @@ void cam_erase_bwd(const CamErase& p, int64_t image) {
   }
   const HeatRows<Real> rows(p, image, g);
   const std::unique_ptr<Real[]> gate(new Real[g.row]);
-  const std::unique_ptr<Real[]> slope(new Real[g.row]);  // gradient of the upsampled map, one image row
+  const std::unique_ptr<Wide[]> fill = fill_rows<Wide>(p, g);
+  const std::unique_ptr<Real[]> grad_heat(new Real[g.row]);  // of the gate at first, then of the map
   const std::unique_ptr<Wide[]> pixels(new Wide[3 * g.row]);
   const std::unique_ptr<Real[]> grad_stretched(new Real[p.height * g.row]());
   const T* images = static_cast<const T*>(p.images.data);
@@ -206,32 +242,25 @@ void cam_erase_bwd(const CamErase& p, int64_t image) {
   for (int64_t y = 0; y < p.image_height; ++y) {
     rows.blend(y, gate.get());
     gate_row(gate.get(), static_cast<Real>(p.threshold), sharpness, g.row);
-    for (int64_t i = 0; i < g.row; ++i) slope[i] = 0;
+    for (int64_t i = 0; i < g.row; ++i) grad_heat[i] = 0;
     for (int64_t d = 0; d < g.planes; ++d) {
       const int64_t offset = start + (d * p.image_height + y) * g.row;
       const Wide* grad = widened(grad_erased + offset, pixels.get(), g.row);
       if (p.grad_map != nullptr) {
         const Wide* from = widened(images + offset, pixels.get() + g.row, g.row);
-        for (int64_t i = 0; i < g.row; ++i) {
-          const Wide painted = static_cast<Wide>(p.fill[g.planes > 1 ? d : i % g.repeats]);
-          slope[i] += static_cast<Real>(grad[i] * (painted - from[i]));
-        }
+        add_grad_gate(grad, fill.get() + d * g.row, from, grad_heat.get(), g.row);
       }
       if (grad_images != nullptr) {
         Wide* out = pixels.get() + 2 * g.row;
-        for (int64_t i = 0; i < g.row; ++i) out[i] = grad[i] * (Wide(1) - static_cast<Wide>(gate[i]));
-        store_row(out, grad_images + offset, g.row);
+        keep_row(gate.get(), grad, out, g.row);
+        store_row(out, grad_images + offset, g.row, p.streamed);
       }
     }
     if (p.grad_map == nullptr) continue;
     const Taps<Real> taps = rows.taps(y);
-    Real* low = grad_stretched.get() + taps.low * g.row;
-    Real* high = grad_stretched.get() + taps.high * g.row;
-    for (int64_t i = 0; i < g.row; ++i) {
-      const Real grad_heat = slope[i] * sharpness * gate[i] * (Real(1) - gate[i]);
-      low[i] += (Real(1) - taps.weight) * grad_heat;
-      high[i] += taps.weight * grad_heat;  // low and high are one row at the border: both are added
-    }
+    sigmoid_backward(gate.get(), sharpness, grad_heat.get(), g.row);
+    add_scaled(grad_heat.get(), Real(1) - taps.weight, grad_stretched.get() + taps.low * g.row, g.row);
+    add_scaled(grad_heat.get(), taps.weight, grad_stretched.get() + taps.high * g.row, g.row);
   }
   if (p.grad_map == nullptr) return;
   const int64_t cells = p.height * p.width;

@@ -66,7 +66,7 @@ void cam_fwd(const CamFwd& p, int64_t block_begin, int64_t block_end) {
         const Real bias = load<Real>(p.bias, class_of(p.target, n, first + k, p.maps));
         for (int64_t i = 0; i < p.pixels; ++i) map[i] += bias;
       }
-      store_row(map, static_cast<T*>(p.cam) + index * p.pixels, p.pixels);
+      store_row(map, static_cast<T*>(p.cam) + index * p.pixels, p.pixels, false);
       if (p.cam32 != nullptr) {
         std::memcpy(static_cast<Real*>(p.cam32) + index * p.pixels, map, p.pixels * sizeof(Real));
       }
@@ -92,17 +92,21 @@ void cam_bwd_maps(const CamBwd& p, int64_t map_begin, int64_t map_end) {
   }
 }
 
+// Lines of grad_features that are made at once, small enough to stay in the first-level cache.
+constexpr int64_t kLineBlock = 16;
+
 // Gradients of a range of channels, over all images in order: what one thread sums up no other touches.
 template <typename T>
 void cam_bwd_channels(const CamBwd& p, int64_t channel_begin, int64_t channel_end) {
   using Real = Accumulate<T>;
-  constexpr bool kSame = std::is_same_v<T, Real>;
   const int64_t width = channel_end - channel_begin;
   const int64_t staged = p.channels_last ? kPanelRows * width : kDotRows * p.pixels;
   const std::unique_ptr<Real[]> rows(new Real[p.maps * width]);
   const std::unique_ptr<Real[]> products(new Real[p.maps * width]);
-  const std::unique_ptr<Real[]> wide(new Real[kSame ? 0 : width * p.pixels]);
-  const std::unique_ptr<Real[]> staging(new Real[kSame ? 0 : staged]);
+  const int64_t length = p.channels_last ? width : p.pixels;  // of a line of features, in this range
+  const int64_t line_stride = p.channels_last ? p.channels : p.pixels;
+  const std::unique_ptr<Real[]> block(new Real[kLineBlock * length]);
+  const std::unique_ptr<Real[]> staging(new Real[std::is_same_v<T, Real> ? 0 : staged]);
 
   for (int64_t n = 0; n < p.images; ++n) {
     const Real* grad_raw = static_cast<const Real*>(p.grad_raw) + n * p.maps * p.pixels;
@@ -114,26 +118,18 @@ void cam_bwd_channels(const CamBwd& p, int64_t channel_begin, int64_t channel_en
       }
       T* grad_features = static_cast<T*>(p.grad_features) + start;
       const int64_t lines = p.channels_last ? p.pixels : width;  // of the features, each contiguous
-      const int64_t length = p.channels_last ? width : p.pixels;
-      const int64_t line_stride = p.channels_last ? p.channels : p.pixels;
-      Real* out;
-      int64_t out_stride;
-      if constexpr (kSame) {
-        out = grad_features;
-        out_stride = line_stride;
-      } else {
-        out = wide.get();
-        out_stride = length;
-      }
-      if (p.channels_last) {
-        panel<Real>({grad_raw, 1, p.pixels}, rows.get(), width, out, out_stride, lines, p.maps, length,
-                    nullptr, true);
-      } else {
-        panel<Real>({rows.get(), 1, width}, grad_raw, p.pixels, out, out_stride, lines, p.maps, length,
-                    nullptr, true);
-      }
-      if constexpr (!kSame) {
-        for (int64_t i = 0; i < lines; ++i) narrow(out + i * length, grad_features + i * line_stride, length);
+      for (int64_t line = 0; line < lines; line += kLineBlock) {
+        const int64_t count = lines - line < kLineBlock ? lines - line : kLineBlock;
+        if (p.channels_last) {
+          panel<Real>({grad_raw + line, 1, p.pixels}, rows.get(), width, block.get(), width, count, p.maps,
+                      width, nullptr, true);
+        } else {
+          panel<Real>({rows.get() + line, 1, width}, grad_raw, p.pixels, block.get(), p.pixels, count, p.maps,
+                      p.pixels, nullptr, true);
+        }
+        for (int64_t i = 0; i < count; ++i) {
+          store_row(block.get() + i * length, grad_features + (line + i) * line_stride, length, p.streamed);
+        }
       }
     }
     if (p.grad_weight != nullptr) {

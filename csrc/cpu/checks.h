@@ -30,6 +30,12 @@ inline void check_target(const char* function, const std::optional<Tensor>& targ
   }
 }
 
+// Whether an output is so large that what is written is out of cache before anything reads it.
+inline bool worth_streaming(int64_t elements) {
+  constexpr int64_t kCached = int64_t{1} << 20;  // about a core's share of the caches, in elements
+  return elements > kCached;
+}
+
 // Items of `cost` operations each that make a task worth handing to a thread (about 10 microseconds).
 inline int64_t grain(int64_t cost) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, cost)); }
 

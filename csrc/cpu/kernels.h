@@ -33,6 +33,7 @@ struct CamBwd {
   void* grad_weight;    // [L, C], accumulation type, zeroed; null where not wanted
   int64_t images, channels, pixels, maps;
   bool channels_last;
+  bool streamed;  // grad_features is written past the caches
   double eps;
 };
 
@@ -48,6 +49,7 @@ struct CamErase {
   int64_t height, width;  // of the map
   int64_t depth, image_height, image_width;
   bool channels_last, nearest;
+  bool streamed;                // the output is written past the caches
   double threshold, sharpness;  // sharpness 0 erases hard
 };
 
