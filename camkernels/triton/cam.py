@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
 """Class activation maps: forward and backward kernels, and their launchers.
 
 Few maps per image are sums over channels, one program each; many are matrix products.

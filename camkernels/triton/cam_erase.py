@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
 """The image with the peak of its class activation map erased: kernels and launchers.
 
 A kernel sees an image as planes of rows: D planes with W0 values a row or, channels_last, one plane with

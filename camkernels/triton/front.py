@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
 """Device functions that the kernels share, and the guard under which launchers start them."""
 
 import os

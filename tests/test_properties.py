@@ -1,0 +1,69 @@
+"""fused_cam_erase on shapes, layouts and options that nobody thought of."""
+
+import torch
+from cases import LAYOUTS, Case, as_double, as_plain
+from closeness import assert_as_close_as
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import camkernels
+from camkernels import fused_cam_erase, reference
+
+side = st.integers(1, 40)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    shape=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    size=st.tuples(side, st.integers(1, 70)),
+    channels=st.integers(1, 40),
+    depth=st.integers(1, 5),
+    images=st.integers(0, 5),
+    layout=st.sampled_from(LAYOUTS),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]),
+    mode=st.sampled_from(["bilinear", "nearest"]),
+    threshold=st.floats(0.05, 0.95),
+    sharpness=st.none() | st.floats(0.1, 30.0),
+    threads=st.sampled_from([1, 2, 5]),
+)
+def test_any_shape(shape, size, channels, depth, images, layout, dtype, mode, threshold, sharpness, threads):
+    case = Case(
+        dtype=dtype,
+        layout=layout,
+        shape=shape,
+        channels=channels,
+        images=images,
+        image_size=size,
+        depth=depth,
+    )
+    inputs = [x.requires_grad_() for x in (case.features(), case.weight(), case.pictures())]
+    options = {"threshold": threshold, "sharpness": sharpness, "mode": mode, "fill": list(range(depth))}
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with camkernels.use_backend("cpu"):
+            erased, cam = fused_cam_erase(inputs[0], inputs[1], case.target(), inputs[2], **options)
+            grads = torch.autograd.grad([erased, cam], inputs, [torch.ones_like(erased), cam.detach()])
+    finally:
+        torch.set_num_threads(before)
+    found = [erased, cam, *grads]
+
+    def plainly(tensors):
+        leaves = [x.requires_grad_() for x in tensors]
+        exact, exact_cam = reference.cam_erase(leaves[0], leaves[1], case.target(), leaves[2], **options)
+        outputs = [exact, exact_cam]
+        return outputs + list(
+            torch.autograd.grad(outputs, leaves, [torch.ones_like(exact), exact_cam.detach()])
+        )
+
+    plain, truth = plainly(as_plain(inputs)), plainly(as_double(inputs))
+    if sharpness is None and images:
+        corners = {"align_corners": False} if mode == "bilinear" else {}
+        heat = torch.nn.functional.interpolate(truth[1][:, None], size, mode=mode, **corners)
+        sure = ((heat - threshold).abs() > 1e-4).expand_as(erased)
+        for index in (0, 4):  # erased and the gradient of the images: a decision, not a sum
+            assert torch.equal(found[index].double()[sure], truth[index][sure])
+    for index, what in enumerate(("erased", "cam", "grad_features", "grad_weight", "grad_images")):
+        if sharpness is not None or index in (1, 2, 3):
+            # Tiny maps make single lucky roundings of PyTorch the yardstick, hence the wide margin.
+            assert_as_close_as(found[index], plain[index], truth[index], margin=32.0, what=what)
