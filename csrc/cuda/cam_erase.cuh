@@ -381,6 +381,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     buffers.heat[p] = call.cam[image * map_pixels + p];
     buffers.map[p] = 0.0f;  // stays so in a block without rows
   }
+  __syncthreads();
 
   const int64_t rows = erasing.image_height;
   const int begin = static_cast<int>(rows * rank / size);
@@ -388,14 +389,13 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll 1
   for (int tile = begin; tile < end; tile += call.tile_rows) {
     const int tile_end = min(tile + call.tile_rows, end);
-    __syncthreads();  // heat is there; the tile before is no longer read
     if (erasing.vectors && !erasing.channels_last) {
       soft_backward<Element, kVectorOf<Element>>(call, image, buffers, tile, tile_end);
     } else {
       soft_backward<Element, 1>(call, image, buffers, tile, tile_end);
     }
     if (call.grad_map == nullptr) continue;
-    __syncthreads();
+    __syncthreads();  // all slopes are there, and what was gathered of the tile before is no longer read
     gather_slopes(erasing, buffers, tile, tile_end, tile == begin);
   }
   if (call.grad_map == nullptr) return;
