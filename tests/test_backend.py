@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
+from cases import GPU, Case
 
 import camkernels
-from cases import GPU, Case
 from camkernels import _backend, fused_cam, use_backend
 
 
@@ -54,7 +54,7 @@ def test_a_dtype_that_a_backend_cannot_serve_says_why():
     case = Case(dtype=torch.float64)
     with (
         use_backend("triton"),
-        pytest.raises(RuntimeError, match="fused_cam: backend 'triton' cannot serve .*float64"),
+        pytest.raises(RuntimeError, match=r"fused_cam: backend 'triton' cannot serve .*float64"),
     ):
         fused_cam(case.features(), case.weight())
 

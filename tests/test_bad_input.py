@@ -144,7 +144,7 @@ def test_fused_cam_erase(changed, error, message):
 
 @pytest.mark.parametrize("value", [None, FEATURES.int(), FEATURES[0], FEATURES[..., :0]])
 def test_focus_area(value):
-    with pytest.raises((TypeError, ValueError), match="^focus_area: features "):
+    with pytest.raises((TypeError, ValueError), match=r"^focus_area: features "):
         focus_area(value)
 
 

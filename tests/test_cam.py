@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cases import BACKENDS, GPU, KERNEL_BACKENDS, Case, as_double, as_plain, placed_matrix, run
+from closeness import assert_as_close_as
 
 import camkernels
-from cases import BACKENDS, GPU, KERNEL_BACKENDS, Case, as_double, as_plain, placed_matrix, run
 from camkernels import _C, fused_cam, reference
-from closeness import assert_as_close_as
 
 
 def named(backend_and_case):

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import BACKENDS, KERNEL_BACKENDS, Case, as_double, as_plain, placed_matrix, run
+from closeness import assert_as_close_as
 
 import camkernels
 from camkernels import _C, fused_cam, fused_cam_erase, reference
-from cases import BACKENDS, KERNEL_BACKENDS, Case, as_double, as_plain, placed_matrix, run
-from closeness import assert_as_close_as
 
 THRESHOLD = 0.7
 # A pixel this close to the threshold may fall on either side: the map is rounded to float32 (or float64).
@@ -74,7 +74,7 @@ def test_hard_erasing(backend, case):
 
 @pytest.mark.parametrize("backend, case", placed_matrix(), ids=str)
 def test_soft_erasing(backend, case):
-    inputs, found, plain, truth = outcomes(backend, case, fill=(0.25, -1.5, 7.0), sharpness=9.0)
+    _, found, plain, truth = outcomes(backend, case, fill=(0.25, -1.5, 7.0), sharpness=9.0)
     names = ("erased", "cam", "grad_features", "grad_weight", "grad_images")
     everything = zip(
         names, found.values + found.grads, plain.values + plain.grads, truth.values + truth.grads, strict=True
@@ -91,7 +91,7 @@ def test_sizes_of_images(backend, device, mode, layout, size):
     """The size of the map, smaller, larger; narrower than a vector and exactly a few of them."""
     case = Case(device=device, shape=(7, 9), channels=5, layout=layout, image_size=size, depth=2)
     assert_hard_erasing_is_right(backend, case, mode=mode)
-    inputs, found, plain, truth = outcomes(backend, case, mode=mode, sharpness=4.0)
+    _, found, plain, truth = outcomes(backend, case, mode=mode, sharpness=4.0)
     for mine, other, exact in zip(found.grads, plain.grads, truth.grads, strict=True):
         assert_as_close_as(mine.cpu(), other, exact)
 
