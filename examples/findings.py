@@ -56,7 +56,7 @@ def results_table(runs: Mapping[str, Mapping[str, Any]]) -> Table:
         shares = [run[key] for run in runs.values()]
         table.add_row(row, *("-" if share is None else f"{100 * share:.1f}" for share in shares))
     table.add_section()
-    table.add_row("milliseconds per training step", *(f"{run['ms_per_step']:.0f}" for run in runs.values()))
+    table.add_row("milliseconds, forward + backward", *(f"{run['ms_per_step']:.0f}" for run in runs.values()))
     return table
 
 
@@ -171,7 +171,8 @@ def save_grid(path: Path, scenes: Scenes, columns: Sequence[Column]) -> None:
 def _draw_boxes(axes: Axes, scenes: Scenes, row: int) -> None:
     for left, top, right, bottom in scenes.boxes[row] if scenes.boxes else ():
         corner, size = (left - 0.5, top - 0.5), (right - left, bottom - top)
-        axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor="white", linewidth=1.2))
+        for colour, width in (("black", 2.6), ("white", 1.2)):  # seen on any background
+            axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor=colour, linewidth=width))
 
 
 def _draw(
