@@ -209,6 +209,20 @@ def test_more_channels_than_weights_fit_in_shared_memory(emulator, channels, map
         cam_matches([case.features(), case.weight()], case.target(None if maps == 1 else maps))
 
 
+@pytest.mark.parametrize("maps", [1, 2])
+def test_more_images_than_threads(emulator, maps):
+    case = Case(shape=(2, 4), channels=128, images=150, classes=3)
+    cam_matches([case.features(), case.weight()], case.target(None if maps == 1 else maps))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_map_too_large_for_a_cluster(emulator, layout):
+    """Two copies of it do not fit in shared memory, one does: a block must do without the others."""
+    case = Case(layout=layout, shape=(180, 180), channels=4, images=1)
+    with emulator.on(cluster=8):
+        cam_matches([case.features(), case.weight()], case.target())
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_order_of_threads_changes_nothing(emulator, dtype):
     """Bit for bit: no result depends on which thread comes first, so a run can be repeated."""
