@@ -99,7 +99,7 @@ def matrix(backend: str) -> list[Case]:
     if backend == "triton" and not GPU:  # the interpreter is slow
         cases = [Case(dtype=dtype, layout=layout, maps="ties") for dtype in dtypes for layout in LAYOUTS]
         return cases + [
-            Case(shape=shape, maps=maps, channels=9, layout=("contiguous", "channels_last")[i % 2])
+            Case(shape=shape, maps=maps, images=2, channels=9, layout=("contiguous", "channels_last")[i % 2])
             for i, (shape, maps) in enumerate((s, m) for s in SHAPES for m in MAPS)
         ]
     return [

@@ -7,6 +7,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # one worker a core; test_properties.py and others set more where it matters
+
 import pytest
 
 import camkernels
