@@ -125,8 +125,8 @@ def write_ninja_file(out: Path, module: Path, cuda_library: Path, nvcc: Path | N
 
     torch = torch_folder()
     target = f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000"
-    includes = f"-I{out} -I{ROOT / 'csrc'} -isystem {torch / 'include'}"
-    python = f"-isystem {sysconfig.get_path('include')} -isystem {pybind11.get_include()}"
+    includes = f"-I'{out}' -I'{ROOT / 'csrc'}' -isystem '{torch / 'include'}'"
+    python = f"-isystem '{sysconfig.get_path('include')}' -isystem '{pybind11.get_include()}'"
     shared = "-dynamiclib -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     instruction_sets = INSTRUCTION_SETS if x86 else {"plain": INSTRUCTION_SETS["plain"]}
@@ -141,7 +141,7 @@ def write_ninja_file(out: Path, module: Path, cuda_library: Path, nvcc: Path | N
             f"-fno-trapping-math {target} {includes}",
         )
         ninja.rule("cxx", "$cxx -MMD -MF $out.d $flags $extra -c $in -o $out", depfile="$out.d", deps="gcc")
-        ninja.rule("link", f"$cxx {shared} $in -L{torch / 'lib'} $libraries -o $out")
+        ninja.rule("link", f"$cxx {shared} $in -L'{torch / 'lib'}' $libraries -o $out")
         objects = []
 
         def compile_cpp(name: str, source: Path, extra: str = "") -> None:
@@ -183,8 +183,8 @@ def write_ninja_file(out: Path, module: Path, cuda_library: Path, nvcc: Path | N
             for kernel, source in zip(kernels, sources, strict=True):
                 ninja.build([kernel], "nvcc", [str(source)])
             gpu = " -ltorch_cuda" if (torch / "lib/libtorch_cuda.so").exists() else ""
-            folder = next(f for f in (home / "lib64", home / "lib") if f.exists())
-            libraries = f"-ltorch_cpu{gpu} -L{folder} -lcudart_static -lrt -lpthread -ldl"
+            folder = home / "lib64" if (home / "lib64").exists() else home / "lib"
+            libraries = f"-ltorch_cpu{gpu} -L'{folder}' -lcudart_static -lrt -lpthread -ldl"
             ninja.build([str(cuda_library)], "link", kernels, variables={"libraries": libraries})
             ninja.build(["cuda"], "phony", [str(cuda_library)])
 

@@ -19,11 +19,9 @@ _AUTO = {
 }
 
 
-def _setting_from_environment() -> str:
-    return os.environ.get(ENVIRONMENT_VARIABLE, "auto")
-
-
-_setting = _setting_from_environment()
+# An unset variable and an empty one mean the same. A wrong name is reported at the first call: an import
+# never fails.
+_setting = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
 
 
 @cache
@@ -81,10 +79,28 @@ def why_not(backend: str, device_type: str, dtype: torch.dtype | None = None) ->
 
 
 def check(name: str) -> str:
+    allowed = ", ".join(("auto", *BACKENDS))
+    if not isinstance(name, str):
+        raise TypeError(f"use_backend: name is a {type(name).__name__}; allowed are {allowed}")
     if name != "auto" and name not in BACKENDS:
-        allowed = ", ".join(("auto", *BACKENDS))
-        raise ValueError(f"camkernels: backend is {name!r}; allowed are {allowed}")
+        source = ENVIRONMENT_VARIABLE if os.environ.get(ENVIRONMENT_VARIABLE) == name else "use_backend: name"
+        raise ValueError(f"{source} is {name!r}; allowed are {allowed}")
     return name
+
+
+def _absent(device_type: str) -> str | None:
+    present = {"cuda": torch.cuda.is_available, "xpu": torch.xpu.is_available}
+    return (
+        None
+        if device_type not in present or present[device_type]()
+        else f"no {device_type} device is visible"
+    )
+
+
+def works_nowhere(name: str) -> str | None:
+    """Why no device of this machine can use the backend, or None if one can."""
+    reasons = {device: why_not(name, device) or _absent(device) for device in ("cpu", "cuda", "xpu")}
+    return reasons["cpu" if name == "cpu" else "cuda"] if all(reasons.values()) else None
 
 
 def setting() -> str:
@@ -128,23 +144,23 @@ class use_backend:  # noqa: N801  (reads as a function, as torch.no_grad does)
             ``"cuda"``.
 
     Raises:
+        TypeError: ``name`` is not a string.
         ValueError: ``name`` is none of these.
         RuntimeError: that backend works on no device of this machine; the message says why.
     """
 
     def __init__(self, name: str) -> None:
         global _setting
-        check(name)
-        if name != "auto":
-            reasons = {device: why_not(name, device) for device in ("cpu", "cuda", "xpu")}
-            if all(reasons.values()):
-                device = "cpu" if name == "cpu" else "cuda"
-                raise RuntimeError(f"camkernels: backend {name!r} cannot serve here: {reasons[device]}")
+        reason = works_nowhere(name) if check(name) != "auto" else None
+        if reason is not None:
+            raise RuntimeError(f"use_backend: backend {name!r} cannot serve here: {reason}")
+        self._name = name
         self._previous = _setting
         _setting = name
 
     def __enter__(self) -> None:
-        return None
+        global _setting
+        _setting = self._name  # again, for an object that is entered twice
 
     def __exit__(
         self,

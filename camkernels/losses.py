@@ -68,8 +68,7 @@ class PairwiseConsistencyLoss(nn.Module):
         log_p = _log_softmax(logits)  # [N, L]
         log_q = _log_softmax(erased_logits)  # [N, L]
         log_r = _log_softmax(side_logits)  # [N, L]
-        # F.kl_div(input, target) is KL(target || input).
-        divergence = F.kl_div(log_p, log_q.to(log_p.dtype), reduction="sum", log_target=True)
+        divergence = _divergence(log_q, log_p)
         total = (
             _negative_log_likelihood(log_p, target)
             + _negative_log_likelihood(log_r, target)
@@ -84,6 +83,14 @@ class PairwiseConsistencyLoss(nn.Module):
 
 def _log_softmax(logits: Tensor) -> Tensor:
     return F.log_softmax(logits, 1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def _divergence(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """KL(q || p), summed over the batch. A class that q rules out, its logit -inf, adds 0 whatever p is."""
+    ruled_out = log_q == -torch.inf
+    # Both sides of the difference are replaced, or the gradient of -inf - (-inf) would be NaN times 0.
+    log_q, log_p = log_q.masked_fill(ruled_out, 0), log_p.masked_fill(ruled_out, 0)
+    return torch.where(ruled_out, 0, log_q.exp() * (log_q - log_p)).sum()
 
 
 def _negative_log_likelihood(log_probability: Tensor, target: Tensor) -> Tensor:

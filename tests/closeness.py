@@ -25,8 +25,9 @@ def assert_as_close_as(
     rounding = torch.finfo(ours.dtype).eps
     finest = ours.dtype == torch.float64
     scaling = rounding / torch.finfo(theirs.dtype).eps
-    hole = truth.isnan()
-    assert torch.equal(ours.isnan(), hole), f"{what}: {int(ours.isnan().sum())} NaN, not {int(hole.sum())}"
+    hole = ~truth.isfinite()
+    assert torch.equal(ours.isnan(), truth.isnan()), f"{what}: {int(ours.isnan().sum())} NaN"
+    assert torch.equal(ours.isinf(), truth.isinf()), f"{what}: {int(ours.isinf().sum())} infinities"
     ours, theirs, truth = (x.detach().double().masked_fill(hole, 0.0) for x in (ours, theirs, truth))
     scale = truth.abs().max().item() if truth.numel() else 0.0
     allowed = margin * max(scaling * worst_error(theirs, truth), rounding * scale) * (2 if finest else 1)

@@ -40,7 +40,9 @@ def test_an_error_inside_restores_too():
 
 
 def test_unknown_name():
-    with pytest.raises(ValueError, match="backend is 'cdua'; allowed are auto, reference, cpu, triton, cuda"):
+    with pytest.raises(
+        ValueError, match="use_backend: name is 'cdua'; allowed are auto, reference, cpu, triton, cuda"
+    ):
         use_backend("cdua")
 
 
@@ -68,8 +70,30 @@ def test_auto_falls_back_to_the_reference_elsewhere():
     assert _backend.resolve("fused_cam", "auto", "cuda", torch.float64) == "reference"
 
 
+def test_a_context_manager_entered_twice():
+    chosen = use_backend("reference")
+    with chosen:
+        assert _backend.setting() == "reference"
+    assert _backend.setting() == "auto"
+    with chosen:
+        assert _backend.setting() == "reference"
+
+
+def test_a_name_that_is_no_string():
+    with pytest.raises(TypeError, match="use_backend: name is a NoneType; allowed are auto"):
+        use_backend(None)
+
+
+@pytest.mark.skipif(GPU, reason="the message is about a machine without a GPU")
+def test_triton_without_a_device_or_its_interpreter_says_so():
+    code = "import camkernels; camkernels.use_backend('triton')"
+    result = python(code, TRITON_INTERPRET=None)
+    assert "backend 'triton' cannot serve here: no cuda device is visible" in result.stderr
+
+
 def test_environment_variable():
     code = "import camkernels._backend as b; print(b.setting())"
+    assert python(code, CAMKERNELS_BACKEND="").stdout.strip() == "auto"
     assert python(code, CAMKERNELS_BACKEND="reference").stdout.strip() == "reference"
     assert python(code, CAMKERNELS_BACKEND=None).stdout.strip() == "auto"
 
@@ -77,7 +101,7 @@ def test_environment_variable():
 def test_a_wrong_environment_variable_is_reported_at_the_first_call():
     code = "import torch, camkernels; camkernels.fused_cam(torch.ones(1, 1, 2, 2), torch.ones(1, 1))"
     result = python(code, CAMKERNELS_BACKEND="gpu")
-    assert "ValueError: camkernels: backend is 'gpu'; allowed are auto" in result.stderr
+    assert "ValueError: CAMKERNELS_BACKEND is 'gpu'; allowed are auto" in result.stderr
 
 
 def test_import_does_not_need_extension_triton_or_gpu():

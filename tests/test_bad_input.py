@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import camkernels
 from camkernels import focus_area, fused_cam, fused_cam_erase
 
 FEATURES = torch.randn(2, 3, 4, 4)
@@ -53,9 +54,9 @@ SHARED = [
         "target is on meta and features on cpu; they must be on one device",
     ),
     ({"eps": "small"}, TypeError, "eps is a str; it must be a number of at least 0"),
-    ({"eps": -1.0}, ValueError, "eps is -1.0; it must be a number of at least 0"),
-    ({"eps": float("nan")}, ValueError, "eps is nan; it must be a number of at least 0"),
-    ({"eps": float("inf")}, ValueError, "eps is inf; it must be a number of at least 0"),
+    ({"eps": -1.0}, ValueError, "eps is -1.0; it must be a finite number of at least 0"),
+    ({"eps": float("nan")}, ValueError, "eps is nan; it must be a finite number of at least 0"),
+    ({"eps": float("inf")}, ValueError, "eps is inf; it must be a finite number of at least 0"),
 ]
 
 CAM = [
@@ -74,7 +75,7 @@ CAM = [
     ({"bias": BIAS[:, None]}, ValueError, "bias has shape [5, 1]; it must be [L]"),
     ({"bias": BIAS[:4]}, ValueError, "bias has 4 classes and weight 5; they must be equal"),
     ({"bias": BIAS.to("meta")}, ValueError, "bias is on meta and weight on cpu; they must be on one device"),
-    ({"normalize": 1}, TypeError, "normalize is a int; it must be a bool"),
+    ({"normalize": 1}, TypeError, "normalize is 1; it must be True or False"),
 ]
 
 ERASE = [
@@ -103,9 +104,13 @@ ERASE = [
     ({"threshold": 0}, ValueError, "threshold is 0.0; it must be a number in (0, 1)"),
     ({"threshold": 1.0}, ValueError, "threshold is 1.0; it must be a number in (0, 1)"),
     ({"threshold": float("nan")}, ValueError, "threshold is nan; it must be a number in (0, 1)"),
-    ({"sharpness": "soft"}, TypeError, "sharpness is a str; it must be a number above 0, or None"),
-    ({"sharpness": 0}, ValueError, "sharpness is 0.0; it must be a number above 0, or None"),
-    ({"sharpness": float("inf")}, ValueError, "sharpness is inf; it must be a number above 0, or None"),
+    ({"sharpness": "soft"}, TypeError, "sharpness is a str; it must be a number above 0 and finite, or None"),
+    ({"sharpness": 0}, ValueError, "sharpness is 0.0; it must be a number above 0 and finite, or None"),
+    (
+        {"sharpness": float("inf")},
+        ValueError,
+        "sharpness is inf; it must be a number above 0 and finite, or None",
+    ),
     (
         {"fill": "black"},
         TypeError,
@@ -148,6 +153,10 @@ def test_focus_area(value):
         focus_area(value)
 
 
-def test_index_out_of_range_names_it():
-    with pytest.raises(IndexError, match=r"^fused_cam_erase: target holds class 5; weight has 5 classes"):
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_index_out_of_range_names_it(backend):
+    with (
+        camkernels.use_backend(backend),
+        pytest.raises(IndexError, match=r"^fused_cam_erase: target holds class 5; weight has 5 classes"),
+    ):
         fused_cam_erase(FEATURES, WEIGHT, torch.tensor([0, 5]), IMAGES)

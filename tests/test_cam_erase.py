@@ -348,3 +348,35 @@ def test_small_batches_are_cut_into_bands_of_rows():
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(several, one)
+
+
+@pytest.mark.parametrize("backend, device", BACKENDS)
+@pytest.mark.parametrize("sharpness", [None, 5.0])
+@pytest.mark.parametrize("with_images", [False, True])
+def test_erased_requires_grad_only_where_a_gradient_exists(backend, device, sharpness, with_images):
+    case = Case(device=device, channels=5)
+    images = case.pictures().requires_grad_(with_images)
+    with camkernels.use_backend(backend):
+        result = fused_cam_erase(
+            case.features().requires_grad_(), case.weight(), case.target(), images, sharpness=sharpness
+        )
+    assert result.cam.requires_grad
+    assert result.erased.requires_grad == (with_images or sharpness is not None)
+
+
+@pytest.mark.parametrize("payload", [0x7FC00000, 0x7FFFFFFF, 0x7FC00001, -1])
+def test_every_nan_in_the_map_stays_nan_through_the_soft_gate(payload):
+    case = Case(channels=3)
+    features = case.features()
+    features[0, 0, 0, 0] = torch.tensor(payload, dtype=torch.int32).view(torch.float32)
+    for capability in _C.cpu_capabilities():
+        chosen = _C.cpu_capability()
+        _C.use_cpu_capability(capability)
+        try:
+            erased = fused_cam_erase(features, case.weight(), case.target(), case.pictures(), sharpness=3.0)[
+                0
+            ]
+        finally:
+            _C.use_cpu_capability(chosen)
+        assert erased[0].isnan().all()
+        assert not erased[1:].isnan().any()

@@ -214,3 +214,17 @@ def test_bad_input(position, value, error, message):
 def test_class_out_of_range(label):
     with pytest.raises(IndexError):
         PairwiseConsistencyLoss()(LOGITS, LOGITS, LOGITS, torch.tensor([0, label]))
+
+
+def test_a_class_ruled_out_by_an_infinite_logit_adds_nothing():
+    p, q, r, target = batch()
+    target[:] = 0
+    for logits in (p, q):
+        logits[:, -1] = -torch.inf
+    leaves = [x.requires_grad_() for x in (p, q, r)]
+    loss = PairwiseConsistencyLoss()(*leaves, target)
+    grads = torch.autograd.grad(loss, leaves)
+    p, q = (x.detach()[:, :-1] for x in (p, q))
+    p, q = (torch.cat([x, torch.full((len(x), 1), -1e4)], 1) for x in (p, q))  # as good as ruled out
+    assert loss.item() == pytest.approx(PairwiseConsistencyLoss()(p, q, r, target).item())
+    assert all(grad.isfinite().all() for grad in grads)

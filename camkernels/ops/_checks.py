@@ -79,6 +79,19 @@ def target(function: str, value: object, features: Tensor, shape: str, dims: Seq
     return same_device(function, "target", value, features)
 
 
+def classes_in_range(function: str, target: Tensor | None, weight: Tensor) -> None:
+    """On the CPU, where it waits for nothing; kernels check by themselves, this is for the reference."""
+    if target is None or target.device.type != "cpu" or target.numel() == 0 or torch.compiler.is_compiling():
+        return
+    classes = weight.shape[0]
+    for index in (int(target.min()), int(target.max())):
+        if not 0 <= index < classes:
+            raise IndexError(
+                f"{function}: target holds class {index}; weight has {classes} classes, "
+                f"so it must be in [0, {classes})"
+            )
+
+
 def images(function: str, value: object, features: Tensor) -> Tensor:
     value = tensor(function, "images", value, "[N, D, H0, W0]", (4,))
     if 0 in value.shape[1:]:
@@ -122,7 +135,7 @@ def in_open_interval(
 def eps(function: str, value: object) -> float:
     result = number(function, "eps", value, "of at least 0")
     if not 0 <= result < inf:
-        raise ValueError(f"{function}: eps is {result}; it must be a number of at least 0")
+        raise ValueError(f"{function}: eps is {result}; it must be a finite number of at least 0")
     return result
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from camkernels import _backend, reference
-from camkernels._library import accumulate_dtype, define_op, memory_format
+from camkernels._library import accumulate_dtype, define_op, memory_format, prepare_inputs
 from camkernels.ops import _checks
 from camkernels.ops._autograd import first_order
 
@@ -55,13 +55,18 @@ def fused_cam(
         target = _checks.target(name, target, features, "[N] or [N, K], or None", (1, 2))
     bias = _checks.bias(name, bias, weight)
     if not isinstance(normalize, bool):
-        raise TypeError(f"{name}: normalize is a {type(normalize).__name__}; it must be a bool")
+        raise TypeError(f"{name}: normalize is {normalize!r}; it must be True or False")
     eps = _checks.eps(name, eps)
 
     requested = _backend.setting()
     if _backend.resolve(name, requested, features.device.type, features.dtype) == "reference":
+        _checks.classes_in_range(name, target, weight)
         return reference.cam(features, weight, target, bias=bias, normalize=normalize, eps=eps)
-    return _Cam.apply(features, weight, target, bias, normalize, eps, requested)
+    one = target is not None and target.dim() == 1
+    maps = _Cam.apply(
+        features, weight, target[:, None] if one else target, bias, normalize, eps, requested
+    )  # [N, K, H, W]
+    return maps.squeeze(1) if one else maps
 
 
 class _Cam(torch.autograd.Function):
@@ -70,35 +75,35 @@ class _Cam(torch.autograd.Function):
         ctx: Any,
         features: Tensor,
         weight: Tensor,
-        target: Tensor | None,
+        target: Tensor | None,  # [N, K]
         bias: Tensor | None,
         normalize: bool,
         eps: float,
         requested: str,
     ) -> Tensor:
-        table = weight.flatten(1)
-        columns = target[:, None] if target is not None and target.dim() == 1 else target  # [N, K]
         added = None if normalize else bias
         cam, cam32, extent = torch.ops.camkernels.cam_fwd(
-            features, table, columns, added, normalize, eps, requested
+            features, weight.flatten(1), target, added, normalize, eps, requested
         )
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(features, weight, columns, bias, kept_map(cam, cam32), extent)
+        # A raw map is linear in everything: its backward needs no map, and users may change it in place.
+        ctx.save_for_backward(features, weight, target, kept_map(cam, cam32) if normalize else extent, extent)
         ctx.options = normalize, eps, requested
-        return cam.squeeze(1) if target is not None and target.dim() == 1 else cam
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return cam
 
     @staticmethod
     @first_order("fused_cam")
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        features, weight, columns, bias, cam, extent = ctx.saved_tensors
+        features, weight, target, cam, extent = ctx.saved_tensors
         if grad is None:
             return (None,) * 7
         normalize, eps, requested = ctx.options
         grad_features, grad_weight, grad_bias = cam_backward(
-            grad[:, None] if grad.dim() == 3 else grad,  # [N, K, H, W]
+            grad,
             features,
             weight,
-            columns,
+            target,
             cam,
             extent,
             normalize,
@@ -107,7 +112,7 @@ class _Cam(torch.autograd.Function):
             requested,
         )
         if grad_bias is not None:
-            grad_bias = grad_bias.to(bias.dtype)
+            grad_bias = grad_bias.to(ctx.bias_dtype)
         return grad_features, grad_weight, None, grad_bias, None, None, None
 
 
@@ -120,7 +125,7 @@ def cam_backward(
     grad_cam: Tensor,
     features: Tensor,
     weight: Tensor,
-    columns: Tensor | None,
+    target: Tensor | None,
     cam: Tensor,
     extent: Tensor,
     normalize: bool,
@@ -132,7 +137,7 @@ def cam_backward(
     if not any(needed):
         return None, None, None
     grads = torch.ops.camkernels.cam_bwd(
-        grad_cam, features, weight.flatten(1), columns, cam, extent, normalize, eps, *needed, requested
+        grad_cam, features, weight.flatten(1), target, cam, extent, normalize, eps, *needed, requested
     )
     grad_features, grad_weight, grad_bias = (
         g if need else None for g, need in zip(grads, needed, strict=True)
@@ -165,6 +170,11 @@ def _allocate_fwd(
     eps: float,
 ) -> tuple[Tensor, ...]:
     return allocate_maps(features, weight.shape[0] if target is None else target.shape[1], normalize)
+
+
+def _prepare_bwd(grad_cam: Tensor, features: Tensor, *rest: Any) -> tuple[Any, ...]:
+    """Kernels read maps as ``[N, K, H * W]``: a gradient that came channels_last is put in order."""
+    return (grad_cam.contiguous(), *prepare_inputs(features, *rest))
 
 
 def _allocate_bwd(
@@ -203,4 +213,5 @@ define_op(
     "bool normalize, float eps, bool need_features, bool need_weight, bool need_bias",
     ("grad_features", "grad_weight", "grad_bias"),
     allocate=_allocate_bwd,
+    prepare=_prepare_bwd,
 )

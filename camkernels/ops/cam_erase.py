@@ -73,7 +73,9 @@ def fused_cam_erase(
     images = _checks.images(name, images, features)
     threshold = _checks.in_open_interval(name, "threshold", threshold, 0, 1, "in (0, 1)")
     if sharpness is not None:
-        sharpness = _checks.in_open_interval(name, "sharpness", sharpness, 0, inf, "above 0, or None")
+        sharpness = _checks.in_open_interval(
+            name, "sharpness", sharpness, 0, inf, "above 0 and finite, or None"
+        )
     colour = _checks.fill(name, fill, images.shape[1])
     _checks.choice(name, "mode", mode, ("bilinear", "nearest"))
     eps = _checks.eps(name, eps)
@@ -81,6 +83,7 @@ def fused_cam_erase(
     requested = _backend.setting()
     widest = torch.float64 if images.dtype == torch.float64 else features.dtype
     if _backend.resolve(name, requested, features.device.type, widest) == "reference":
+        _checks.classes_in_range(name, target, weight)
         return CamErase(
             *reference.cam_erase(
                 features,
@@ -94,20 +97,19 @@ def fused_cam_erase(
                 eps=eps,
             )
         )
-    return CamErase(
-        *_CamErase.apply(
-            features,
-            weight,
-            target,
-            images,
-            threshold,
-            sharpness or 0.0,
-            colour,
-            mode == "nearest",
-            eps,
-            requested,
-        )
+    erased, cam = _CamErase.apply(
+        features,
+        weight,
+        target[:, None],
+        images,
+        threshold,
+        sharpness or 0.0,
+        colour,
+        mode == "nearest",
+        eps,
+        requested,
     )
+    return CamErase(erased, cam.squeeze(1))
 
 
 class _CamErase(torch.autograd.Function):
@@ -116,7 +118,7 @@ class _CamErase(torch.autograd.Function):
         ctx: Any,
         features: Tensor,
         weight: Tensor,
-        target: Tensor,
+        target: Tensor,  # [N, 1]
         images: Tensor,
         threshold: float,
         sharpness: float,  # 0 erases hard
@@ -125,31 +127,32 @@ class _CamErase(torch.autograd.Function):
         eps: float,
         requested: str,
     ) -> tuple[Tensor, Tensor]:
-        columns = target[:, None]  # [N, 1]
         erased, cam, cam32, extent = torch.ops.camkernels.cam_erase_fwd(
-            features, weight.flatten(1), columns, images, threshold, sharpness, fill, nearest, eps, requested
+            features, weight.flatten(1), target, images, threshold, sharpness, fill, nearest, eps, requested
         )
         ctx.set_materialize_grads(False)
         # Hard erasing needs no pixel again, so it does not hold on to the images.
         pixels = images if sharpness else None
-        ctx.save_for_backward(features, weight, columns, pixels, kept_map(cam, cam32), extent)
+        ctx.save_for_backward(features, weight, target, pixels, kept_map(cam, cam32), extent)
         ctx.options = threshold, sharpness, fill, nearest, eps, requested
-        ctx.images_like = images.dtype, memory_format(images)
-        return erased, cam.squeeze(1)
+        ctx.layout = memory_format(images)
+        if not sharpness and not ctx.needs_input_grad[3]:
+            ctx.mark_non_differentiable(
+                erased
+            )  # else the network's first layer would compute a gradient for it
+        return erased, cam
 
     @staticmethod
     @first_order("fused_cam_erase")
     def backward(ctx: Any, grad_erased: Tensor | None, grad_cam: Tensor | None) -> tuple[Tensor | None, ...]:
-        features, weight, columns, images, cam, extent = ctx.saved_tensors
+        features, weight, target, images, cam, extent = ctx.saved_tensors
         threshold, sharpness, fill, nearest, eps, requested = ctx.options
         need_features, need_weight, _, need_images = ctx.needs_input_grad[:4]
         grad_images = grad_features = grad_weight = None
-        if grad_cam is not None:
-            grad_cam = grad_cam[:, None]  # [N, 1, H, W]
         need_map = bool(sharpness) and (need_features or need_weight)
         if grad_erased is not None and (need_images or need_map):
             grad_images, grad_map = torch.ops.camkernels.cam_erase_bwd(
-                grad_erased,
+                grad_erased.contiguous(memory_format=ctx.layout),
                 grad_cam,
                 images,
                 cam,
@@ -168,7 +171,7 @@ class _CamErase(torch.autograd.Function):
                 grad_cam,
                 features,
                 weight,
-                columns,
+                target,
                 cam,
                 extent,
                 True,
@@ -198,9 +201,10 @@ def _prepare_bwd(
     grad_erased: Tensor, grad_cam: Tensor | None, images: Tensor | None, *rest: Any
 ) -> tuple[Any, ...]:
     """The gradient takes the layout of the images, where those are there."""
-    prepared = prepare_inputs(grad_cam, images, *rest)
+    images, *rest = prepare_inputs(images, *rest)
     layout = memory_format(grad_erased if images is None else images)
-    return grad_erased.contiguous(memory_format=layout), *prepared
+    grad_cam = None if grad_cam is None else grad_cam.contiguous()
+    return (grad_erased.contiguous(memory_format=layout), grad_cam, images, *rest)
 
 
 def _allocate_bwd(

@@ -26,6 +26,7 @@ def focus_area(features: Tensor) -> FocusArea:
         (float64 for float64).
 
     Gradients: none.
+    Backends: the reference serves every device, whatever ``use_backend`` says.
 
     Raises:
         TypeError: ``features`` is not a float tensor.

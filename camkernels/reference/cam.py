@@ -25,7 +25,8 @@ def min_max(maps: Tensor, eps: float) -> Tensor:
     low = maps.amin((-2, -1), keepdim=True)  # [..., 1, 1]
     span = maps.amax((-2, -1), keepdim=True) - low
     # span <= eps rather than not (span > eps): a NaN span must reach the division and stay NaN.
-    return torch.where(span <= eps, 0.0, (maps - low) / span.clamp_min(eps))
+    flat = span <= eps
+    return torch.where(flat, 0.0, (maps - low) / torch.where(flat, 1.0, span))
 
 
 def raw_maps(features: Tensor, weight: Tensor, target: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -51,8 +52,11 @@ def cam(
     normalize: bool = True,
     eps: float = 1e-8,
 ) -> Tensor:
-    # A constant per map cancels in min-max, so the bias is left out there: its gradient is exactly 0.
+    # A constant per map cancels in min-max, so the bias is left out there ...
     maps = raw_maps(features, weight, target, None if normalize else bias)
     if normalize:
         maps = min_max(maps, eps)
+        if bias is not None:  # ... but has a gradient all the same: exactly 0
+            never = torch.zeros((), dtype=torch.bool, device=maps.device)
+            maps = torch.where(never, bias.to(maps.dtype).sum(), maps)
     return maps.to(features.dtype)

@@ -249,6 +249,8 @@ def normalise_bwd_kernel(
         y = tl.load(cam_ptr + pixel, mask=pixel < pixels, other=0.5)
         grad += tl.where(y == 0.0, low_share, 0.0) + tl.where(y == 1.0, high_share, 0.0)
         grad = tl.where(flat, 0.0, tl.div_rn(grad, tl.where(flat, 1.0, span)))
+        # An infinity or a NaN in the map leaves no gradient defined; span - span is then NaN, else 0.
+        grad = tl.where(span - span == 0.0, grad, span - span)
         tl.store(grad_raw_ptr + pixel, grad, mask=pixel < pixels)
 
 

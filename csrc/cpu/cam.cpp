@@ -12,7 +12,7 @@ template <typename Real>
 void sum_bias(const CamBwd& p, Real* grad_bias) {
   const Real* grad = static_cast<const Real*>(p.grad_raw);
   for (int64_t index = 0; index < p.images * p.maps; ++index) {
-    Real sum = 0;
+    double sum = 0;  // a plain float sum over a large map would lose digits
     for (int64_t i = 0; i < p.pixels; ++i) sum += grad[index * p.pixels + i];
     grad_bias[p.target.data == nullptr ? index % p.maps : index_at(p.target, index)] += sum;
   }
@@ -28,10 +28,9 @@ void sum_bias(const CamBwd& p, bool wide, void* grad_bias) {
 
 }  // namespace
 
-void cam_fwd_cpu(const Tensor& features, const Tensor& weight, const std::optional<Tensor>& target,
-                 const std::optional<Tensor>& bias, bool normalize, double eps, const Tensor& cam,
-                 const Tensor& cam32, const Tensor& extent) {
-  check_target("fused_cam", target, weight.size(0));
+void launch_cam_fwd(const Tensor& features, const Tensor& weight, const std::optional<Tensor>& target,
+                    const std::optional<Tensor>& bias, bool normalize, double eps, const Tensor& cam,
+                    const Tensor& cam32, const Tensor& extent) {
   const CamFwd p{any_array(features),
                  any_array(weight),
                  any_array(target),
@@ -48,6 +47,13 @@ void cam_fwd_cpu(const Tensor& features, const Tensor& weight, const std::option
   const int64_t cost = p.channels * p.pixels * std::min(p.maps, kMapBlock);
   torch::stable::parallel_for(0, blocks, grain(cost),
                               [&](int64_t begin, int64_t end) { kernels().cam_fwd(p, begin, end); });
+}
+
+void cam_fwd_cpu(const Tensor& features, const Tensor& weight, const std::optional<Tensor>& target,
+                 const std::optional<Tensor>& bias, bool normalize, double eps, const Tensor& cam,
+                 const Tensor& cam32, const Tensor& extent) {
+  check_target("fused_cam", target, weight.size(0));
+  launch_cam_fwd(features, weight, target, bias, normalize, eps, cam, cam32, extent);
 }
 
 void cam_bwd_cpu(const Tensor& grad_cam, const Tensor& features, const Tensor& weight,

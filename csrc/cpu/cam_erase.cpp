@@ -34,15 +34,12 @@ CamErase describe(const Tensor& like, const Tensor& map, const std::vector<doubl
 
 }  // namespace
 
-void cam_fwd_cpu(const Tensor&, const Tensor&, const std::optional<Tensor>&, const std::optional<Tensor>&,
-                 bool, double, const Tensor&, const Tensor&, const Tensor&);
-
 void cam_erase_fwd_cpu(const Tensor& features, const Tensor& weight, const Tensor& target,
                        const Tensor& images, double threshold, double sharpness,
                        const std::vector<double>& fill, bool nearest, double eps, const Tensor& erased,
                        const Tensor& cam, const Tensor& cam32, const Tensor& extent) {
   check_target("fused_cam_erase", target, weight.size(0));
-  cam_fwd_cpu(features, weight, target, std::nullopt, true, eps, cam, cam32, extent);
+  launch_cam_fwd(features, weight, target, std::nullopt, true, eps, cam, cam32, extent);
   const std::vector<double> colours = fill_of_channels(fill, images.size(1));
   const Tensor& map = cam32.numel() == 0 ? cam : cam32;
   CamErase p = describe(images, map, colours, threshold, sharpness, nearest);

@@ -149,6 +149,7 @@ void cam_bwd_channels(const CamBwd& p, int64_t channel_begin, int64_t channel_en
       }
     }
   }
+  finish_streams();
 }
 
 }  // namespace

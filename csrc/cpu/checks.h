@@ -30,6 +30,11 @@ inline void check_target(const char* function, const std::optional<Tensor>& targ
   }
 }
 
+// The front of every op that starts from class activation maps; `target` has been checked.
+void launch_cam_fwd(const Tensor& features, const Tensor& weight, const std::optional<Tensor>& target,
+                    const std::optional<Tensor>& bias, bool normalize, double eps, const Tensor& cam,
+                    const Tensor& cam32, const Tensor& extent);
+
 // Whether an output is so large that what is written is out of cache before anything reads it.
 inline bool worth_streaming(int64_t elements) {
   constexpr int64_t kCached = int64_t{1} << 20;  // about a core's share of the caches, in elements

@@ -159,32 +159,41 @@ inline void store_vector(Real* to, Vector<Real> value) {
   std::memcpy(to, &value, sizeof(value));
 }
 
-// Copies a row past the caches: a plain store would first read the line that it overwrites. Measured on
-// 224 x 224 images, batch 32: erasing takes 1.05 ms rather than 1.28.
-inline void stream(const void* from, void* to, int64_t bytes) {
-  const char* source = static_cast<const char*>(from);
-  char* target = static_cast<char*>(to);
+// Writes past the caches: a plain store would first read the line that it overwrites. `to` is aligned.
+template <typename T>
+inline void stream_vector(T* to, Vector<T> value) {
+#if defined(__x86_64__) && CAMKERNELS_VECTOR_BYTES == 64
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), bit_cast<__m512i>(value));
+#elif defined(__x86_64__) && CAMKERNELS_VECTOR_BYTES == 32
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), bit_cast<__m256i>(value));
+#elif defined(__x86_64__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(to), bit_cast<__m128i>(value));
+#else
+  store_vector(to, value);
+#endif
+}
+
+// Elements before the first that stream_vector can write to.
+template <typename T>
+inline int64_t ragged(const T* to, int64_t count) {
+  const int64_t head =
+      static_cast<int64_t>(-reinterpret_cast<uintptr_t>(to) % CAMKERNELS_VECTOR_BYTES / sizeof(T));
+  return head < count ? head : count;
+}
+
+// Streamed stores are ordered with nothing else; whoever reads them next must find them there.
+inline void finish_streams() {
 #ifdef __x86_64__
-  constexpr int64_t kLine = CAMKERNELS_VECTOR_BYTES;
-  const int64_t ragged = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(target) % kLine);
-  const int64_t head = ragged < bytes ? ragged : bytes;
-  std::memcpy(target, source, head);
-  int64_t i = head;
-  for (; i + kLine <= bytes; i += kLine) {
-#if CAMKERNELS_VECTOR_BYTES == 64
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(target + i), _mm512_loadu_si512(source + i));
-#elif CAMKERNELS_VECTOR_BYTES == 32
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(target + i),
-                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + i)));
-#else
-    _mm_stream_si128(reinterpret_cast<__m128i*>(target + i),
-                     _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i)));
+  _mm_sfence();
 #endif
-  }
-  std::memcpy(target + i, source + i, bytes - i);
-#else
-  std::memcpy(target, source, bytes);
-#endif
+}
+
+template <typename T>
+inline void stream_row(const T* from, T* to, int64_t count) {
+  int64_t i = 0;
+  for (const int64_t head = ragged(to, count); i < head; ++i) to[i] = from[i];
+  for (; i + Lanes<T>::kCount <= count; i += Lanes<T>::kCount) stream_vector(to + i, load_vector(from + i));
+  for (; i < count; ++i) to[i] = from[i];
 }
 
 // Writes a row of the accumulation type; `streamed` where the whole output is too large to stay in cache.
@@ -193,7 +202,7 @@ inline void store_row(const Accumulate<T>* from, T* to, int64_t count, bool stre
   if constexpr (!std::is_same_v<T, Accumulate<T>>) {
     narrow(from, to, count);
   } else if (streamed) {
-    stream(from, to, count * sizeof(T));
+    stream_row(from, to, count);
   } else {
     std::memcpy(to, from, count * sizeof(T));
   }
@@ -266,17 +275,16 @@ inline void panel(Scalars<Accumulate<T>> a, const T* b, int64_t b_stride, Accumu
                   int64_t out_stride, int64_t rows, int64_t depth, int64_t columns, Accumulate<T>* staging,
                   bool overwrite) {
   using Real = Accumulate<T>;
-  const Real* stream[kPanelRows];
+  const Real* line[kPanelRows];
   for (int64_t r = 0; r < depth;) {
     const int count = depth - r >= kPanelRows ? kPanelRows : 1;
-    for (int i = 0; i < count; ++i)
-      stream[i] = widened(b + (r + i) * b_stride, staging + i * columns, columns);
+    for (int i = 0; i < count; ++i) line[i] = widened(b + (r + i) * b_stride, staging + i * columns, columns);
     const Scalars<Real> part{a.data + r * a.column_stride, a.row_stride, a.column_stride};
     const bool first = overwrite && r == 0;
     if (count == kPanelRows) {
-      panel_rows<kPanelRows>(part, stream, out, out_stride, rows, columns, first);
+      panel_rows<kPanelRows>(part, line, out, out_stride, rows, columns, first);
     } else {
-      panel_rows<1>(part, stream, out, out_stride, rows, columns, first);
+      panel_rows<1>(part, line, out, out_stride, rows, columns, first);
     }
     r += count;
   }
@@ -327,23 +335,23 @@ inline void dots(const Accumulate<T>* a, int64_t a_stride, const T* b, int64_t b
                  int64_t out_row_stride, int64_t out_column_stride, int64_t rows, int64_t columns,
                  int64_t depth, Accumulate<T>* staging) {
   using Real = Accumulate<T>;
-  const Real* stream[kDotRows];
+  const Real* line[kDotRows];
   for (int64_t i = 0; i < columns;) {
     const int count = columns - i >= kDotRows ? kDotRows : 1;
-    for (int t = 0; t < count; ++t) stream[t] = widened(b + (i + t) * b_stride, staging + t * depth, depth);
+    for (int t = 0; t < count; ++t) line[t] = widened(b + (i + t) * b_stride, staging + t * depth, depth);
     Real* to = out + i * out_column_stride;
     for (int64_t m = 0; m < rows;) {
       const Real* left = a + m * a_stride;
       Real* corner = to + m * out_row_stride;
       const bool pair = rows - m >= 2;
       if (pair && count == kDotRows) {
-        dots_tile<2, kDotRows>(left, a_stride, stream, depth, corner, out_row_stride, out_column_stride);
+        dots_tile<2, kDotRows>(left, a_stride, line, depth, corner, out_row_stride, out_column_stride);
       } else if (count == kDotRows) {
-        dots_tile<1, kDotRows>(left, a_stride, stream, depth, corner, out_row_stride, out_column_stride);
+        dots_tile<1, kDotRows>(left, a_stride, line, depth, corner, out_row_stride, out_column_stride);
       } else if (pair) {
-        dots_tile<2, 1>(left, a_stride, stream, depth, corner, out_row_stride, out_column_stride);
+        dots_tile<2, 1>(left, a_stride, line, depth, corner, out_row_stride, out_column_stride);
       } else {
-        dots_tile<1, 1>(left, a_stride, stream, depth, corner, out_row_stride, out_column_stride);
+        dots_tile<1, 1>(left, a_stride, line, depth, corner, out_row_stride, out_column_stride);
       }
       m += pair ? 2 : 1;
     }
@@ -367,8 +375,10 @@ inline float exponential(float x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  // The low bits of `shifted` are n; moved to the exponent they scale by 2**n.
-  return bit_cast<float>(bit_cast<uint32_t>(p) + (bit_cast<uint32_t>(shifted) << 23));
+  // The low bits of `shifted` are n; moved to the exponent they scale by 2**n. Those of a NaN are its
+  // payload.
+  const float scaled = bit_cast<float>(bit_cast<uint32_t>(p) + (bit_cast<uint32_t>(shifted) << 23));
+  return x != x ? x : scaled;
 }
 inline double exponential(double x) { return std::exp(x); }
 

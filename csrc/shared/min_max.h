@@ -56,6 +56,8 @@ CAMKERNELS_HD void accumulate(MinMaxSums<Real>& sums, Real grad, Real y) {
 template <typename Real, typename Sum>
 CAMKERNELS_HD Real normalise_backward(Real grad, Real y, MinMaxSums<Sum> sums, Real span, Real eps) {
   if (span <= eps) return Real(0);
+  const Real undefined = span - span;  // 0, but NaN where the map holds an infinity or a NaN
+  if (undefined != Real(0)) return undefined;
   Sum total = grad;
   if (y == Real(0)) total += sums.low / sums.low_ties;
   if (y == Real(1)) total += sums.high / sums.high_ties;
