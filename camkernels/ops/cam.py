@@ -62,11 +62,9 @@ def fused_cam(
     if _backend.resolve(name, requested, features.device.type, features.dtype) == "reference":
         _checks.classes_in_range(name, target, weight)
         return reference.cam(features, weight, target, bias=bias, normalize=normalize, eps=eps)
-    one = target is not None and target.dim() == 1
-    maps = _Cam.apply(
-        features, weight, target[:, None] if one else target, bias, normalize, eps, requested
-    )  # [N, K, H, W]
-    return maps.squeeze(1) if one else maps
+    if target is None or target.dim() == 2:
+        return _Cam.apply(features, weight, target, bias, normalize, eps, requested)
+    return _Cam.apply(features, weight, target[:, None], bias, normalize, eps, requested).squeeze(1)
 
 
 class _Cam(torch.autograd.Function):

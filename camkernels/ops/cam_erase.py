@@ -201,10 +201,10 @@ def _prepare_bwd(
     grad_erased: Tensor, grad_cam: Tensor | None, images: Tensor | None, *rest: Any
 ) -> tuple[Any, ...]:
     """The gradient takes the layout of the images, where those are there."""
-    images, *rest = prepare_inputs(images, *rest)
+    prepared = prepare_inputs(images, *rest)
     layout = memory_format(grad_erased if images is None else images)
     grad_cam = None if grad_cam is None else grad_cam.contiguous()
-    return (grad_erased.contiguous(memory_format=layout), grad_cam, images, *rest)
+    return (grad_erased.contiguous(memory_format=layout), grad_cam, *prepared)
 
 
 def _allocate_bwd(

@@ -100,6 +100,19 @@ inline void paint_row(const Real* __restrict gate, const Wide* __restrict fill, 
   }
 }
 
+// The same past the caches, without a detour through a buffer.
+template <typename Real>
+inline void stream_painted(const Real* gate, const Real* fill, const Real* from, Real* to, int64_t row) {
+  constexpr int kLanes = Lanes<Real>::kCount;
+  int64_t i = ragged(to, row);
+  paint_row(gate, fill, from, to, i);
+  for (; i + kLanes <= row; i += kLanes) {
+    const Vector<Real> open = load_vector(gate + i);
+    stream_vector(to + i, load_vector(from + i) * (Real(1) - open) + load_vector(fill + i) * open);
+  }
+  paint_row(gate + i, fill + i, from + i, to + i, row - i);
+}
+
 template <typename Real, typename Wide>
 inline void keep_row(const Real* __restrict gate, const Wide* __restrict from, Wide* __restrict to,
                      int64_t row) {
@@ -222,6 +235,12 @@ void cam_erase_fwd(const CamErase& p, int64_t image, int64_t row_begin, int64_t 
     gate_row(gate.get(), static_cast<Real>(p.threshold), static_cast<Real>(p.sharpness), g.row);
     for (int64_t d = 0; d < g.planes; ++d) {
       const int64_t offset = start + (d * p.image_height + y) * g.row;
+      if constexpr (std::is_same_v<T, Real>) {
+        if (p.streamed) {
+          stream_painted(gate.get(), fill.get() + d * g.row, images + offset, erased + offset, g.row);
+          continue;
+        }
+      }
       const Wide* from = widened(images + offset, pixels.get(), g.row);
       Wide* out = pixels.get() + g.row;
       paint_row(gate.get(), fill.get() + d * g.row, from, out, g.row);
