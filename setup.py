@@ -4,7 +4,7 @@ camkernels/_C      pybind11 module with the CPU kernels, compiled once per instr
 camkernels/_cuda   a plain library with the CUDA kernels, if nvcc is there; loaded when torch has CUDA
 
 Environment: CAMKERNELS_CUDA=0|1 leaves the CUDA kernels out, or insists on them; TORCH_CUDA_ARCH_LIST
-(default 8.0;9.0;10.0+PTX); MAX_JOBS; CXX; CUDA_HOME.
+(default 8.0;9.0;10.0+PTX); CAMKERNELS_DEBUG=1 adds device assertions; MAX_JOBS; CXX; CUDA_HOME.
 """
 
 import importlib.util
@@ -164,11 +164,13 @@ def write_ninja_file(out: Path, module: Path, cuda_library: Path, nvcc: Path | N
         if nvcc is not None:
             home = nvcc.parent.parent
             architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
+            debug = os.environ.get("CAMKERNELS_DEBUG") == "1"
             ninja.variable("nvcc", str(nvcc))
             ninja.variable(
                 "nvcc_flags",
                 f"-std=c++20 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v "
-                f"-DUSE_CUDA {target} {includes.replace('-isystem ', '-I')} "
+                f"-lineinfo -DUSE_CUDA {'-DCAMKERNELS_DEBUG ' if debug else ''}{target} "
+                f"{includes.replace('-isystem ', '-I')} "
                 f"{' '.join(gencode_flags(architectures))}",
             )
             # The log is kept: kernel_resources() reports the registers and spills that ptxas saw.

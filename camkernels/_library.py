@@ -52,11 +52,13 @@ def define_op(
     *,
     allocate: Callable[..., tuple[Tensor, ...]],
     prepare: Callable[..., tuple[Any, ...]] = prepare_inputs,
+    suits_cuda: Callable[..., bool] = lambda *args: True,
 ) -> None:
     """Define ``camkernels::<name>(arguments, str backend) -> outputs``.
 
     ``prepare`` maps the arguments to those that kernels read in place; the device and the dtype of the
-    first choose the backend.
+    first choose the backend. ``suits_cuda`` tells from the prepared arguments whether ``auto`` may take the
+    CUDA kernels; else it takes Triton's.
     """
     results = ", ".join("Tensor" for _ in outputs)
     written = ", ".join(f"Tensor({chr(97 + i)}!) {output}" for i, output in enumerate(outputs))
@@ -77,12 +79,32 @@ def define_op(
                 output.zero_()
             return filled
         backend = _backend.resolve(name, requested, first.device.type, first.dtype)
+        if backend == "cuda" and requested == "auto" and not suits_cuda(*prepared):
+            backend = _backend.resolve(name, "triton", first.device.type, first.dtype)
         launcher = getattr(importlib.import_module("camkernels.triton"), name) if backend == "triton" else cpp
         launcher(*prepared, *filled)
         return filled
 
     _LIB.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"camkernels::{name}", fake, lib=_LIB)
+
+
+def _built_for() -> str:
+    from camkernels import _C
+
+    return _C.build_info()["cuda_architectures"]
+
+
+def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether code built for ``TORCH_CUDA_ARCH_LIST=architectures`` runs on a device: machine code within the
+    major version, from its minor one on; PTX on everything newer."""
+    for entry in architectures.replace(" ", ";").split(";"):
+        major, minor = (int(digits) for digits in entry.removesuffix("+PTX").rstrip("a").split("."))
+        if (major == capability[0] and minor <= capability[1]) or (
+            entry.endswith("+PTX") and (major, minor) <= capability
+        ):
+            return True
+    return False
 
 
 def load_cuda_kernels() -> str | None:
@@ -94,6 +116,11 @@ def load_cuda_kernels() -> str | None:
         return "not built (nvcc was not found, or CAMKERNELS_CUDA=0, when camkernels was installed)"
     if not torch.cuda.is_available():
         return "no GPU is visible"
+    built_for = _built_for()
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if not runs_on(built_for, capability):
+            return f"built for {built_for}, which device {index} ({capability[0]}.{capability[1]}) cannot run"
     try:
         torch.ops.load_library(str(library))
     except OSError as error:

@@ -9,7 +9,7 @@ import torch
 from cases import GPU, Case
 
 import camkernels
-from camkernels import _backend, fused_cam, use_backend
+from camkernels import _backend, _library, fused_cam, use_backend
 
 
 def python(code, **environment):
@@ -154,3 +154,38 @@ def test_half_built_package_explains_itself(monkeypatch):
         assert "C++ extension" in _backend.extension_error()
     finally:
         _backend.extension_error.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "runs"),
+    [
+        ("8.0;9.0;10.0+PTX", (8, 6), True),
+        ("8.0;9.0;10.0+PTX", (9, 0), True),
+        ("8.0;9.0;10.0+PTX", (12, 0), True),
+        ("8.0;9.0;10.0+PTX", (7, 5), False),
+        ("8.0 9.0", (10, 0), False),
+        ("8.6", (8, 0), False),
+        ("9.0a", (9, 0), True),
+    ],
+)
+def test_which_devices_a_build_runs_on(architectures, capability, runs):
+    assert _library.runs_on(architectures, capability) == runs
+
+
+@pytest.mark.skipif(GPU, reason="stands in for a GPU with Triton's interpreter")
+def test_auto_leaves_to_triton_what_does_not_suit_the_cuda_kernels(monkeypatch):
+    """Many maps, and maps too large for shared memory; a small call stays with the CUDA kernels."""
+    resolve = _backend.resolve
+    monkeypatch.setattr(
+        _backend,
+        "resolve",
+        lambda name, asked, *rest: "cuda" if asked == "auto" else resolve(name, asked, *rest),
+    )
+    launched = []
+    monkeypatch.setattr("camkernels.triton.cam_fwd", lambda *args: launched.append("triton"))
+    weight = torch.zeros(20, 1)
+    fused_cam(torch.zeros(1, 1, 2, 2), weight)
+    fused_cam(torch.zeros(1, 1, 130, 130), weight, torch.zeros(1, dtype=torch.int64))
+    assert launched == ["triton", "triton"]
+    fused_cam(torch.zeros(1, 1, 2, 2), weight, torch.zeros(1, dtype=torch.int64))
+    assert launched == ["triton", "triton"]

@@ -3,7 +3,8 @@
 # suite on the device, compute-sanitizer on a small case of each kernel, then the benchmark tables.
 # Everything is written to the folder given; the exit status tells whether all of it passed.
 set -uo pipefail
-results=$(mkdir -p "${1:?usage: tools/gpu.sh RESULTS}" && cd "$1" && pwd)
+: "${1:?usage: tools/gpu.sh RESULTS}"
+results=$(mkdir -p "$1" && cd "$1" && pwd) || exit 1
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 failed=()
@@ -14,7 +15,8 @@ step() {  # name, most seconds, command...
   ((seconds < deadline - SECONDS)) || seconds=$((deadline - SECONDS))
   local status=124
   if ((seconds > 0)); then
-    timeout "$seconds" "$@" >"$results/$name.log" 2>&1
+    # Interrupted rather than ended, so that benchmarks still write what they have.
+    timeout -s INT -k 15 "$seconds" "$@" >"$results/$name.log" 2>&1
     status=$?
   fi
   [ $status -eq 0 ] || failed+=("$name")
@@ -32,13 +34,10 @@ step doctor 30 "$python" -m camkernels doctor
 host_only=(cuda_emulator cuda_build triton_aot benchmarks examples backend bad_input losses properties)
 ignored=("${host_only[@]/#/--ignore=tests/test_}")
 step tests 180 "$python" -m pytest tests -q -n "$(($(nproc) < 8 ? $(nproc) : 8))" "${ignored[@]/%/.py}"
-if command -v compute-sanitizer >/dev/null; then
-  for tool in memcheck racecheck synccheck initcheck; do
-    step "$tool" 30 compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" tools/sanitizer_case.py
-  done
-else
-  echo "compute-sanitizer is not installed: skipped"
-fi
+PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
+for tool in memcheck racecheck synccheck initcheck; do
+  step "$tool" 30 compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" tools/sanitizer_case.py
+done
 # First without torch.compile, whose compilations may not fit into what is left; a second run that ends in
 # time replaces the results of the first.
 bench=("$python" -m pytest benchmarks --rows all --device cuda --results "$results")

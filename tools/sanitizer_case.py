@@ -11,14 +11,16 @@ def main() -> None:
     draw = torch.Generator("cuda").manual_seed(0)
     layouts = (torch.contiguous_format, torch.channels_last)
     with camkernels.use_backend("cuda"):
-        for dtype, layout, (height, width) in itertools.product(
-            (torch.float32, torch.bfloat16), layouts, ((7, 7), (4, 8))
+        # The larger shape is spread over a cluster of several blocks, the smaller one is not.
+        shapes = ((16, 7, 7, 20), (64, 14, 14, 64))
+        for dtype, layout, (channels, height, width, side) in itertools.product(
+            (torch.float32, torch.bfloat16), layouts, shapes
         ):
-            features = torch.randn(2, 16, height, width, device="cuda", generator=draw)
+            features = torch.randn(2, channels, height, width, device="cuda", generator=draw)
             features = features.to(dtype=dtype, memory_format=layout).requires_grad_()
-            images = torch.randn(2, 3, 20, 24, device="cuda", generator=draw)
+            images = torch.randn(2, 3, side, side + 4, device="cuda", generator=draw)
             images = images.to(dtype=dtype, memory_format=layout).requires_grad_()
-            weight = torch.randn(5, 16, device="cuda", generator=draw).requires_grad_()
+            weight = torch.randn(5, channels, device="cuda", generator=draw).requires_grad_()
             target = torch.tensor([1, 4], device="cuda")
             for sharpness in (None, 5.0):
                 erased, cam = camkernels.fused_cam_erase(

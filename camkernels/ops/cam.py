@@ -199,11 +199,20 @@ def _allocate_bwd(
     )
 
 
+def suits_cuda(features: Tensor, maps: int) -> bool:
+    """What ``auto`` leaves to the CUDA kernels: maps that fit into shared memory on every GPU that they are
+    built for, and fewer of them than Triton would make with matrix units."""
+    return features.shape[2] * features.shape[3] <= 16384 and maps < 16
+
+
 define_op(
     "cam_fwd",
     "Tensor features, Tensor weight, Tensor? target, Tensor? bias, bool normalize, float eps",
     ("cam", "cam32", "extent"),
     allocate=_allocate_fwd,
+    suits_cuda=lambda features, weight, target, *rest: suits_cuda(
+        features, weight.shape[0] if target is None else target.shape[1]
+    ),
 )
 define_op(
     "cam_bwd",
@@ -212,4 +221,5 @@ define_op(
     ("grad_features", "grad_weight", "grad_bias"),
     allocate=_allocate_bwd,
     prepare=_prepare_bwd,
+    suits_cuda=lambda grad_cam, features, *rest: suits_cuda(features, grad_cam.shape[1]),
 )

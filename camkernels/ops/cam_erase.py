@@ -11,7 +11,7 @@ from camkernels import _backend, reference
 from camkernels._library import define_op, memory_format, prepare_inputs
 from camkernels.ops import _checks
 from camkernels.ops._autograd import first_order
-from camkernels.ops.cam import allocate_maps, cam_backward, kept_map
+from camkernels.ops.cam import allocate_maps, cam_backward, kept_map, suits_cuda
 
 
 class CamErase(NamedTuple):
@@ -225,12 +225,20 @@ def _allocate_bwd(
     )
 
 
+def _suits_cuda(maps_of: Tensor, images: Tensor, fill: list[float]) -> bool:
+    """``maps_of`` is ``[N, ..., H, W]``. The CUDA kernels take 16 fills, and 32-bit offsets in an image."""
+    return suits_cuda(maps_of, 1) and len(fill) <= 16 and images[0].numel() < 2**31
+
+
 define_op(
     "cam_erase_fwd",
     "Tensor features, Tensor weight, Tensor target, Tensor images, "
     "float threshold, float sharpness, float[] fill, bool nearest, float eps",
     ("erased", "cam", "cam32", "extent"),
     allocate=_allocate_fwd,
+    suits_cuda=lambda features, weight, target, images, threshold, sharpness, fill, *rest: _suits_cuda(
+        features, images, fill
+    ),
 )
 define_op(
     "cam_erase_bwd",
@@ -239,4 +247,7 @@ define_op(
     ("grad_images", "grad_map"),
     allocate=_allocate_bwd,
     prepare=_prepare_bwd,
+    suits_cuda=lambda grad, grad_cam, images, cam, threshold, sharpness, fill, *rest: _suits_cuda(
+        cam, grad, fill
+    ),
 )
