@@ -113,10 +113,15 @@ inline void stream_painted(const Real* gate, const Real* fill, const Real* from,
   paint_row(gate + i, fill + i, from + i, to + i, row - i);
 }
 
-template <typename Real, typename Wide>
-inline void keep_row(const Real* __restrict gate, const Wide* __restrict from, Wide* __restrict to,
-                     int64_t row) {
-  for (int64_t i = 0; i < row; ++i) to[i] = from[i] * (Wide(1) - static_cast<Wide>(gate[i]));
+// One row painted from `images` to `erased`; `staging` holds two rows.
+template <typename Real, typename T>
+inline void put_painted(const Real* gate, const Accumulate<T>* fill, const T* images, T* erased,
+                        Accumulate<T>* staging, int64_t row, bool streamed) {
+  if constexpr (std::is_same_v<T, Real>) {
+    if (streamed) return stream_painted(gate, fill, images, erased, row);
+  }
+  paint_row(gate, fill, widened(images, staging, row), staging + row, row);
+  store_row(staging + row, erased, row, streamed);
 }
 
 // The gradient of the gate, summed over the channels.
@@ -227,7 +232,7 @@ void cam_erase_fwd(const CamErase& p, int64_t image, int64_t row_begin, int64_t 
   const HeatRows<Real> rows(p, image, g);
   const std::unique_ptr<Wide[]> fill = fill_rows<Wide>(p, g);
   const std::unique_ptr<Real[]> gate(new Real[g.row]);
-  const std::unique_ptr<Wide[]> pixels(new Wide[2 * g.row]);
+  const std::unique_ptr<Wide[]> staging(new Wide[2 * g.row]);
   T* erased = static_cast<T*>(p.erased);
   const int64_t start = image * g.planes * p.image_height * g.row;
   for (int64_t y = row_begin; y < row_end; ++y) {
@@ -235,16 +240,8 @@ void cam_erase_fwd(const CamErase& p, int64_t image, int64_t row_begin, int64_t 
     gate_row(gate.get(), static_cast<Real>(p.threshold), static_cast<Real>(p.sharpness), g.row);
     for (int64_t d = 0; d < g.planes; ++d) {
       const int64_t offset = start + (d * p.image_height + y) * g.row;
-      if constexpr (std::is_same_v<T, Real>) {
-        if (p.streamed) {
-          stream_painted(gate.get(), fill.get() + d * g.row, images + offset, erased + offset, g.row);
-          continue;
-        }
-      }
-      const Wide* from = widened(images + offset, pixels.get(), g.row);
-      Wide* out = pixels.get() + g.row;
-      paint_row(gate.get(), fill.get() + d * g.row, from, out, g.row);
-      store_row(out, erased + offset, g.row, p.streamed);
+      put_painted(gate.get(), fill.get() + d * g.row, images + offset, erased + offset, staging.get(), g.row,
+                  p.streamed);
     }
   }
   finish_streams();
@@ -267,7 +264,8 @@ void cam_erase_bwd(const CamErase& p, int64_t image) {
   const std::unique_ptr<Real[]> gate(new Real[g.row]);
   const std::unique_ptr<Wide[]> fill = fill_rows<Wide>(p, g);
   const std::unique_ptr<Real[]> grad_heat(new Real[g.row]);  // of the gate at first, then of the map
-  const std::unique_ptr<Wide[]> pixels(new Wide[3 * g.row]);
+  const std::unique_ptr<Wide[]> zero(new Wide[g.row]());
+  const std::unique_ptr<Wide[]> staging(new Wide[2 * g.row]);
   const std::unique_ptr<Real[]> grad_stretched(new Real[p.height * g.row]());
   const T* images = static_cast<const T*>(p.images.data);
   T* grad_images = static_cast<T*>(p.erased);
@@ -279,15 +277,14 @@ void cam_erase_bwd(const CamErase& p, int64_t image) {
     for (int64_t i = 0; i < g.row; ++i) grad_heat[i] = 0;
     for (int64_t d = 0; d < g.planes; ++d) {
       const int64_t offset = start + (d * p.image_height + y) * g.row;
-      const Wide* grad = widened(grad_erased + offset, pixels.get(), g.row);
       if (p.grad_map != nullptr) {
-        const Wide* from = widened(images + offset, pixels.get() + g.row, g.row);
+        const Wide* grad = widened(grad_erased + offset, staging.get(), g.row);
+        const Wide* from = widened(images + offset, staging.get() + g.row, g.row);
         add_grad_gate(grad, fill.get() + d * g.row, from, grad_heat.get(), g.row);
       }
       if (grad_images != nullptr) {
-        Wide* out = pixels.get() + 2 * g.row;
-        keep_row(gate.get(), grad, out, g.row);
-        store_row(out, grad_images + offset, g.row, p.streamed);
+        put_painted(gate.get(), zero.get(), grad_erased + offset, grad_images + offset, staging.get(), g.row,
+                    p.streamed);
       }
     }
     if (p.grad_map == nullptr) continue;
