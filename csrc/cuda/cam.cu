@@ -31,10 +31,10 @@ void cam_bwd_cuda(const Tensor& grad_cam, const Tensor& features, const Tensor& 
   call.grad_bias = need_bias ? static_cast<float*>(grad_bias.mutable_data_ptr()) : nullptr;
   call.images = features.size(0);
   call.classes = weight.size(0);
-  call.channels = static_cast<int>(features.size(1));
-  call.height = static_cast<int>(features.size(2));
-  call.width = static_cast<int>(features.size(3));
-  call.maps = static_cast<int>(grad_cam.size(1));
+  call.channels = dimension_of(features, 1);
+  call.height = dimension_of(features, 2);
+  call.width = dimension_of(features, 3);
+  call.maps = dimension_of(grad_cam, 1);
   call.eps = static_cast<float>(eps);
   call.features_dtype = dtype_of(features);
   call.channels_last = is_channels_last(features);

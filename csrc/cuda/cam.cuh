@@ -64,7 +64,7 @@ void launch_cam_fwd_as(Launcher& launcher, const CamFwd& call) {
 // `launcher.run(kernel, shape, call)` starts a kernel; `launcher.hardware()` is what it starts it on.
 template <typename Launcher>
 void launch_cam_fwd(Launcher& launcher, CamFwd call) {
-  plan_loads(launcher.hardware(), call.front);
+  plan_loads("cam_fwd", launcher.hardware(), call.front, {call.front.features});
   dispatch(call.front.features_dtype, [&](auto element) {
     using T = decltype(element);
     if (call.front.channels_last) {
@@ -410,10 +410,14 @@ __global__ void __launch_bounds__(kThreads, 2) cam_bwd_rows_kernel(const __grid_
   if (call.grad_bias != nullptr && begin == 0 && threadIdx.x == 0) sums[call.channels] = bias;
 }
 
+inline constexpr int kTileThreads = 256;
+inline constexpr int kPerThread = 8;  // channels of a thread; times warps, the channels of a block
+inline constexpr int kTileMaps = 16;
+inline constexpr int kTileClasses = 8;
+
 // One map per image: adds up the rows of each class, in the order of images. A block takes one class and as
 // many columns as it has threads; column C is the bias's.
-__global__ inline void __launch_bounds__(kThreads)
-    cam_bwd_classes_kernel(const __grid_constant__ CamBwd call) {
+__global__ void __launch_bounds__(kTileThreads) cam_bwd_classes_kernel(const __grid_constant__ CamBwd call) {
   const int threads = blockDim.x;
   const int warps = threads / kWarp;
   const int chunks = call.channels / threads + 1;
@@ -447,14 +451,8 @@ __global__ inline void __launch_bounds__(kThreads)
   }
 }
 
-inline constexpr int kTileThreads = 256;
-inline constexpr int kPerThread = 8;  // channels of a thread; times warps, the channels of a block
-inline constexpr int kTileMaps = 16;
-inline constexpr int kTileClasses = 8;
-
 // Several maps per image: the sums that min-max needs, a warp per map.
-__global__ inline void __launch_bounds__(kTileThreads)
-    cam_bwd_sums_kernel(const __grid_constant__ CamBwd call) {
+__global__ void __launch_bounds__(kTileThreads) cam_bwd_sums_kernel(const __grid_constant__ CamBwd call) {
   const int64_t warp = (blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x) / kWarp;
   const int64_t maps = call.images * call.maps;
   const int64_t map = warp < maps ? warp : maps - 1;
@@ -611,8 +609,7 @@ __global__ void __launch_bounds__(kTileThreads) cam_bwd_weight_kernel(const __gr
 }
 
 // Several maps per image: grad_bias, a warp per class.
-__global__ inline void __launch_bounds__(kTileThreads)
-    cam_bwd_bias_kernel(const __grid_constant__ CamBwd call) {
+__global__ void __launch_bounds__(kTileThreads) cam_bwd_bias_kernel(const __grid_constant__ CamBwd call) {
   const int64_t row = (blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x) / kWarp;
   const int lane = threadIdx.x % kWarp;
   float sum = 0.0f;
@@ -692,12 +689,7 @@ void launch_cam_bwd_tiles(Launcher& launcher, const CamBwd& call) {
 
 template <typename Launcher>
 void launch_cam_bwd(Launcher& launcher, CamBwd call) {
-  const Hardware& hardware = launcher.hardware();
-  const int vector = 16 / size_of(call.features_dtype);
-  call.rows = vector / std::gcd(call.pixels(), vector);
-  const bool fits = call.channels_last ? call.channels % vector == 0
-                                       : call.pixels() >= vector && call.channels % call.rows == 0;
-  call.vectors = hardware.vectors && fits && aligned(call.features) && aligned(call.grad_features);
+  plan_loads("cam_bwd", launcher.hardware(), call, {call.features, call.grad_features});
   dispatch(call.features_dtype, [&](auto element) {
     if (call.maps == 1) {
       launch_cam_bwd_rows<decltype(element)>(launcher, call);

@@ -18,10 +18,10 @@ inline CamFront front_of(const Tensor& features, const Tensor& weight, const std
   front.extent = static_cast<float*>(output_pointer(extent));
   front.images = features.size(0);
   front.classes = weight.size(0);
-  front.channels = static_cast<int>(features.size(1));
-  front.height = static_cast<int>(features.size(2));
-  front.width = static_cast<int>(features.size(3));
-  front.maps = static_cast<int>(cam.size(1));
+  front.channels = dimension_of(features, 1);
+  front.height = dimension_of(features, 2);
+  front.width = dimension_of(features, 3);
+  front.maps = dimension_of(cam, 1);
   front.eps = static_cast<float>(eps);
   front.features_dtype = dtype_of(features);
   front.channels_last = is_channels_last(features);

@@ -12,11 +12,11 @@ Erasing erasing_of(const Tensor& images, const Tensor& cam, double threshold, do
                    const std::vector<double>& fill, bool nearest) {
   Erasing erasing{};
   erasing.images = images.size(0);
-  erasing.depth = static_cast<int>(images.size(1));
-  erasing.image_height = static_cast<int>(images.size(2));
-  erasing.image_width = static_cast<int>(images.size(3));
-  erasing.map_height = static_cast<int>(cam.size(2));
-  erasing.map_width = static_cast<int>(cam.size(3));
+  erasing.depth = dimension_of(images, 1);
+  erasing.image_height = dimension_of(images, 2);
+  erasing.image_width = dimension_of(images, 3);
+  erasing.map_height = dimension_of(cam, 2);
+  erasing.map_width = dimension_of(cam, 3);
   erasing.threshold = static_cast<float>(threshold);
   erasing.sharpness = static_cast<float>(sharpness);
   erasing.dtype = dtype_of(images);

@@ -236,7 +236,7 @@ struct CamEraseBwd {
 };
 
 // Hard erasing: an erased pixel's gradient is 0, the others' keep their bits; that is erasing, with fill 0.
-__global__ inline void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, 2)
     cam_erase_bwd_hard_kernel(const __grid_constant__ CamEraseBwd call) {
   const Erasing& erasing = call.erasing;
   const int64_t image = blockIdx.x / call.strips;
@@ -411,11 +411,15 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 // What follows from the sizes and the fill that the caller has set.
-inline void plan_erasing(const Hardware& hardware, Erasing& erasing,
+inline void plan_erasing(const char* op, const Hardware& hardware, Erasing& erasing,
                          std::initializer_list<const void*> pointers) {
-  if (erasing.elements() > std::numeric_limits<int32_t>::max()) {
-    throw std::runtime_error("cam_erase: an image of " + std::to_string(erasing.elements()) +
-                             " elements is larger than the CUDA kernels allow (2**31 - 1 in one image)");
+  // So that an index which a block steps past the end is still an int.
+  constexpr int64_t kMaxElements = std::numeric_limits<int32_t>::max() - kThreads;
+  check_pixels(op, erasing.map_height, erasing.map_width);
+  if (erasing.elements() > kMaxElements) {
+    throw std::runtime_error(std::string(op) + ": an image of " + std::to_string(erasing.elements()) +
+                             " elements is larger than the CUDA kernels allow (" +
+                             std::to_string(kMaxElements) + " in one image)");
   }
   erasing.scale_y = resample_scale<float>(erasing.map_height, erasing.image_height);
   erasing.scale_x = resample_scale<float>(erasing.map_width, erasing.image_width);
@@ -454,8 +458,8 @@ void launch_cam_erase_fwd_as(Launcher& launcher, const CamEraseFwd& call) {
 
 template <typename Launcher>
 void launch_cam_erase_fwd(Launcher& launcher, CamEraseFwd call) {
-  plan_loads(launcher.hardware(), call.front);
-  plan_erasing(launcher.hardware(), call.erasing, {call.images, call.erased});
+  plan_loads("cam_erase_fwd", launcher.hardware(), call.front, {call.front.features});
+  plan_erasing("cam_erase_fwd", launcher.hardware(), call.erasing, {call.images, call.erased});
   dispatch(call.front.features_dtype, [&](auto element) {
     using T = decltype(element);
     if (call.front.channels_last) {
@@ -470,7 +474,7 @@ template <typename Launcher>
 void launch_cam_erase_bwd(Launcher& launcher, CamEraseBwd call) {
   const Hardware& hardware = launcher.hardware();
   Erasing& erasing = call.erasing;
-  plan_erasing(hardware, erasing, {call.grad_erased, call.images, call.grad_images});
+  plan_erasing("cam_erase_bwd", hardware, erasing, {call.grad_erased, call.images, call.grad_images});
   const int64_t bytes = 3 * erasing.elements() * size_of(erasing.dtype);
   const auto check = [&](int64_t shared) {
     if (shared > hardware.shared_limit) {

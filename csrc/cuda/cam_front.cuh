@@ -8,7 +8,10 @@
 #ifdef CAMKERNELS_DEBUG
 #include <cassert>
 #endif
+#include <algorithm>
 #include <cmath>
+#include <initializer_list>
+#include <numeric>
 
 #include "../shared/min_max.h"
 #include "device.cuh"
@@ -257,9 +260,11 @@ __device__ inline void cluster_sum(const float* share, float* total, int count, 
       for (int rank = 0; rank < size; ++rank) sum += cluster_peer(share, rank)[i];
       total[i] = sum;
     }
-    cluster_arrive();
   }
   __syncthreads();
+  // Relaxed: it only keeps the others until this block's reads are over. They are, because the sums made of
+  // them have just been made visible to the block, and nobody writes to a share again.
+  if (size > 1) cluster_arrive_relaxed();
 }
 
 __device__ __forceinline__ void leave_cluster(int size) {
@@ -343,13 +348,16 @@ __device__ void normalise_maps(const CamFront& front, int64_t image, int first_m
   __syncthreads();
 }
 
-// Fills in front.vectors and front.rows.
-inline void plan_loads(const Hardware& hardware, CamFront& front) {
-  const int vector = 16 / size_of(front.features_dtype);
-  front.rows = vector / std::gcd(front.pixels(), vector);
-  const bool fits = front.channels_last ? front.channels % vector == 0
-                                        : front.pixels() >= vector && front.channels % front.rows == 0;
-  front.vectors = hardware.vectors && fits && aligned(front.features);
+// Fills in vectors and rows of a call that reads or writes feature maps at `pointers`.
+template <typename Call>
+void plan_loads(const char* op, const Hardware& hardware, Call& call,
+                std::initializer_list<const void*> pointers) {
+  check_pixels(op, call.height, call.width);
+  const int vector = 16 / size_of(call.features_dtype);
+  call.rows = vector / std::gcd(call.pixels(), vector);
+  const bool fits = call.channels_last ? call.channels % vector == 0
+                                       : call.pixels() >= vector && call.channels % call.rows == 0;
+  call.vectors = hardware.vectors && fits && std::all_of(pointers.begin(), pointers.end(), aligned);
 }
 
 template <typename T, int kMaps>

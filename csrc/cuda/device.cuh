@@ -22,6 +22,7 @@ inline constexpr int64_t kSharedAlignment = 16;
 #ifdef CAMKERNELS_EMULATOR
 
 using emulator::cluster_arrive;
+using emulator::cluster_arrive_relaxed;
 using emulator::cluster_peer;
 using emulator::cluster_rank;
 using emulator::cluster_size;
@@ -54,6 +55,13 @@ __device__ __forceinline__ int cluster_size() {
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   __cluster_barrier_arrive();
+#endif
+}
+
+// Releases nothing.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+#if __CUDA_ARCH__ >= 900
+  __cluster_barrier_arrive_relaxed();
 #endif
 }
 
@@ -110,7 +118,7 @@ __device__ __forceinline__ void store_global(uint4* to, uint4 value) { __stcs(to
 class SharedSize {
  public:
   template <typename T>
-  T* take(int64_t count) {
+  __host__ __device__ T* take(int64_t count) {
     bytes_ += (count * static_cast<int64_t>(sizeof(T)) + kSharedAlignment - 1) / kSharedAlignment *
               kSharedAlignment;
     return nullptr;

@@ -7,51 +7,26 @@
 #include <torch/csrc/stable/macros.h>
 
 #include <limits>
-#include <memory>
-#include <mutex>
-#include <vector>
+#include <stdexcept>
+#include <string>
 
 #include "../common.h"
 #include "plan.h"
 
 namespace camkernels::cuda {
 
-// Never launched: the driver tells of it which of the architectures built for serves the device.
-static __global__ void architecture_probe_kernel() {}
+// `device` is the current one; the driver is asked once per device.
+const Hardware& hardware_of(int device);
 
-// Kernels compiled for less than sm_90 know no clusters, also where the driver brings them to a newer device.
-inline bool compiled_for_clusters() {
-  cudaFuncAttributes attributes{};
-  STD_CUDA_CHECK(
-      cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(architecture_probe_kernel)));
-  return attributes.ptxVersion >= 90;
-}
-
-// `device` is the current one.
-inline Hardware query_hardware(int device) {
-  const auto attribute = [&](cudaDeviceAttr name) {
-    int value = 0;
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, device));
-    return value;
-  };
-  Hardware hardware{};
-  hardware.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
-  hardware.max_cluster =
-      attribute(cudaDevAttrClusterLaunch) != 0 && compiled_for_clusters() ? kMaxCluster : 1;
-  hardware.shared_limit = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  hardware.threads = kThreads;
-  return hardware;
-}
-
-// Asked of the driver once per device.
-inline const Hardware& hardware_of(int device) {
-  static std::mutex mutex;
-  static std::vector<std::unique_ptr<Hardware>> known;
-  const std::lock_guard<std::mutex> lock(mutex);
-  if (known.size() <= static_cast<size_t>(device)) known.resize(static_cast<size_t>(device) + 1);
-  std::unique_ptr<Hardware>& entry = known[static_cast<size_t>(device)];
-  if (entry == nullptr) entry = std::make_unique<Hardware>(query_hardware(device));
-  return *entry;
+// A size that kernels count in an int, with room for what they add to it before they compare.
+inline int dimension_of(const Tensor& tensor, int64_t dimension) {
+  constexpr int64_t kMost = int64_t{1} << 30;
+  const int64_t size = tensor.size(dimension);
+  if (size > kMost) {
+    throw std::runtime_error("camkernels: the CUDA kernels take a dimension of up to " +
+                             std::to_string(kMost) + ", not " + std::to_string(size));
+  }
+  return static_cast<int>(size);
 }
 
 // Makes the tensor's device current while it lives.
@@ -74,9 +49,11 @@ class CudaLauncher {
     }
     constexpr int64_t kUnasked = 48 << 10;  // shared memory that a block gets without asking
     if (shape.shared > kUnasked) {
+      // The device's limit rather than this launch's size: another thread may launch the kernel with more
+      // between this call and the launch.
       STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                           cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          static_cast<int>(shape.shared)));
+                                          static_cast<int>(hardware_.shared_limit)));
     }
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <numeric>
 #include <stdexcept>
 #include <string>
 
@@ -50,6 +49,17 @@ inline std::runtime_error too_large(const char* op, int64_t height, int64_t widt
                             std::to_string(width) + " needs " + std::to_string(bytes) +
                             " bytes of shared memory, this GPU allows a block " + std::to_string(limit) +
                             "; use camkernels.use_backend(\"triton\") for it");
+}
+
+// Of one map: a vector's 8 elements or a cluster's 8 maps times as many are still an int.
+inline constexpr int64_t kMaxPixels = int64_t{1} << 27;
+
+// Before anything counts the pixels of a map in an int.
+inline void check_pixels(const char* op, int64_t height, int64_t width) {
+  if (height * width <= kMaxPixels) return;
+  throw std::runtime_error(std::string(op) + ": a map of " + std::to_string(height) + " x " +
+                           std::to_string(width) + " has more pixels than the CUDA kernels take (" +
+                           std::to_string(kMaxPixels) + "); use camkernels.use_backend(\"triton\") for it");
 }
 
 // Calls `function` with a value of the element type.
