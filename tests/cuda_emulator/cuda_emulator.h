@@ -393,6 +393,7 @@ inline unsigned ballot(unsigned mask, bool predicate, const char* file, int line
 inline int cluster_rank() { return static_cast<int>(Machine::instance().block().rank); }
 inline int cluster_size() { return Machine::instance().shape().cluster; }
 inline void cluster_arrive() { Machine::instance().arrive_at_cluster(); }
+inline void cluster_arrive_relaxed() { Machine::instance().arrive_at_cluster(); }
 inline void cluster_wait() { Machine::instance().wait_for_cluster(); }
 
 template <typename T>
