@@ -84,7 +84,7 @@ def test_streaming_kernels_fill_half_a_multiprocessor(resources, pattern):
 
 
 def test_shared_memory_is_all_dynamic(resources):
-    """The emulator hands out dynamic shared memory only, so a static array would escape its checks."""
+    """In the emulator an access past the end of a static array would go unnoticed."""
     assert {row["shared"] for row in resources} == {0}
 
 

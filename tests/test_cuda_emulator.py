@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -326,20 +327,73 @@ def test_maps_whose_pixels_no_int_counts(emulator):
     "mistake, cluster, message",
     [
         ("no_barrier", 1, "a wrong result"),
-        ("no_cluster_barrier", 2, "a wrong result|has not started"),
+        ("no_cluster_barrier", 2, "a wrong result|has not started|has not taken"),
         ("diverging_barriers", 1, "threads diverge"),
         ("thread_leaves_early", 1, "has already left the kernel"),
         ("part_of_a_warp_shuffles", 1, "deadlock"),
+        ("waits_without_arriving", 2, "waits at a cluster barrier at which it has not arrived"),
+        ("arrives_twice", 2, "arrives at a cluster barrier again"),
+        ("never_waits", 2, "leaves the kernel without a wait at the cluster barrier"),
+        ("reads_between_arrive_and_wait", 2, "after it has arrived at the cluster barrier"),
     ],
 )
-def test_the_emulator_notices(library, mistake, cluster, message):
+@pytest.mark.parametrize("fixed", [False, True], ids=["dynamic", "static"])
+def test_the_emulator_notices(library, mistake, cluster, message, fixed):
     """Reversing an array through shared memory, with one mistake: some order of threads must give it away."""
-    kernels = Emulator.load(library)
+    found = set()
     for seed in range(8):
-        assert kernels.reverse("none", seed, cluster) == ""
-    found = {kernels.reverse(mistake, seed, cluster) for seed in range(8)} - {""}
-    assert found
-    assert all(re.search(message, text) for text in found), found
+        kernels = replace(Emulator.load(library), seed=seed, cluster=cluster)
+        assert kernels.reverse("none", fixed) == ""
+        found.add(kernels.reverse(mistake, fixed))
+    assert found != {""}
+    assert all(re.search(message, text) for text in found - {""}), found
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_static_shared_memory_belongs_to_a_block(library, cluster):
+    values = torch.randint(1000, (16, 64), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    truth = values.sum(1, dtype=torch.int32)
+    kernels = [replace(Emulator.load(library), seed=seed, cluster=cluster) for seed in range(4)]
+    assert all(torch.equal(each.block_sums(values, "none"), truth) for each in kernels)
+    assert not any(torch.equal(each.block_sums(values, "no_barrier"), truth) for each in kernels)
+    nobody_wrote = torch.full_like(truth, -values.shape[1])  # -1 is what all bits set are
+    assert all(torch.equal(each.block_sums(values, "never_writes"), nobody_wrote) for each in kernels)
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_atomics(library, cluster):
+    values = torch.randint(7, (8, 64), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    truth = values.flatten().bincount(minlength=7).int()
+    bits = values * 4 + 1
+    for seed in range(4):
+        kernels = replace(Emulator.load(library), seed=seed, cluster=cluster)
+        assert torch.equal(kernels.histogram(values, 7, "none"), truth)
+        assert (kernels.histogram(values, 7, "reads_before_the_atomic") < truth).all()
+        total, most, least, any_bits, all_bits, last, replaced = kernels.tally(bits).tolist()
+        assert (total, most, least) == (bits.sum(), bits.max(), bits.min())
+        assert (any_bits, all_bits) == (0b11101, 0b00001)
+        assert last in bits
+        assert replaced + last == total
+
+
+@pytest.mark.parametrize(
+    "blocks, threads, cluster, shared, message",
+    [
+        (8, 1024, 8, 232448, ""),
+        (0, 32, 1, 0, "0 blocks; allowed are 1 to 2147483647"),
+        (2**31, 32, 1, 0, "2147483648 blocks; allowed are 1 to 2147483647"),
+        (1, 0, 1, 0, "0 threads in a block; allowed are 1 to 1024"),
+        (1, 1056, 1, 0, "1056 threads in a block; allowed are 1 to 1024"),
+        (1, 48, 1, 0, "whole warps and whole clusters"),
+        (16, 32, 16, 0, "16 blocks in a cluster; allowed are 1 to 8"),
+        (8, 32, 0, 0, "0 blocks in a cluster; allowed are 1 to 8"),
+        (3, 32, 2, 0, "whole warps and whole clusters"),
+        (1, 32, 1, 232449, "232449 bytes of shared memory; allowed are 0 to 232448"),
+    ],
+)
+def test_launches_that_no_gpu_takes(library, blocks, threads, cluster, shared, message):
+    error = replace(Emulator.load(library), threads=threads, cluster=cluster).launch(blocks, shared)
+    assert message in error if message else error == ""
 
 
 def test_under_sanitizers(library, tmp_path):
@@ -365,7 +419,7 @@ def test_under_sanitizers(library, tmp_path):
     script = (
         f"import os, sys; sys.path.insert(0, {folder!r})\n"
         "from cuda_emulator.emulation import SANITIZE, Emulator\n"
-        "Emulator.load(os.environ[SANITIZE]).reverse('beyond_the_end', 0, 1)\n"
+        "Emulator.load(os.environ[SANITIZE]).reverse('beyond_the_end')\n"
     )
     result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert "heap-buffer-overflow" in result.stderr

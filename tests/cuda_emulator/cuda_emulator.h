@@ -2,16 +2,23 @@
 // GPU.
 //
 // A kernel that includes this header instead of the CUDA headers sees threadIdx, blockIdx, blockDim, gridDim,
-// dynamic shared memory, __syncthreads, warp shuffles and votes, clusters with distributed shared memory,
+// shared memory, __syncthreads, warp shuffles and votes, atomics, clusters with distributed shared memory,
 // uint4 and the half types. All blocks of a cluster run together; clusters run one after another, in random
 // order.
 //
-// Between two barriers the threads run one at a time, in an order drawn from a seed: a missing barrier lets a
-// reader run before its writer, and the result changes. Shared memory starts as NaN and each array in it is a
-// heap block of its own, so reading what nobody wrote shows in the result and an access past an array's end
-// shows under AddressSanitizer. A barrier or shuffle that the threads of a block, warp or cluster do not all
-// reach at the same source line is an error, and so is a kernel that deadlocks.
+// Between two barriers or atomics the threads run one at a time, in an order drawn from a seed: a missing
+// barrier lets a reader run before its writer, and the result changes. Shared memory starts as NaN, so
+// reading what nobody wrote shows in the result. A barrier or shuffle that the threads of a block, warp or
+// cluster do not all reach at the same source line is an error, and so are a kernel that deadlocks, a cluster
+// barrier arrived at but not waited for, and a launch that no GPU takes.
+//
+// Dynamic shared memory comes through emulator::SharedMemory: each array is a heap block of its own, so an
+// access past its end shows under AddressSanitizer. Static __shared__ variables are thread_local ones, of
+// which every block has a copy that is brought in when one of its threads runs; between them are no such red
+// zones, which is why the kernels of csrc/cuda use dynamic shared memory alone.
 #pragma once
+
+#include <link.h>
 
 #include <algorithm>
 #include <cmath>
@@ -27,6 +34,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "fiber.h"
@@ -38,6 +46,7 @@
 #define __restrict__ __restrict
 #define __launch_bounds__(...)
 #define __grid_constant__
+#define __shared__ static thread_local
 
 struct uint3 {
   unsigned x, y, z;
@@ -88,6 +97,48 @@ struct Shape {
   int64_t shared = 0;
 };
 
+inline constexpr int64_t kMaxBlocks = std::numeric_limits<int32_t>::max();
+inline constexpr int kMaxThreads = 1024;
+inline constexpr int kMaxCluster = 8;
+inline constexpr int64_t kMaxShared = 232448;
+
+// The thread_local variables of the library that the kernels are in. The emulator has no other than this one,
+// which is there so that there is a first.
+inline thread_local char anchor = 0;
+
+class Statics {
+ public:
+  // Those of the host's running thread.
+  static Statics find() {
+    Statics found;
+    dl_iterate_phdr(&Statics::look, &found);
+    if (found.begin_ == nullptr)
+      throw std::runtime_error("the thread_local variables are nowhere to be found");
+    return found;
+  }
+
+  char* begin() const { return begin_; }
+  size_t size() const { return size_; }
+  bool holds(const char* byte) const { return byte >= begin_ && byte < begin_ + size_; }
+
+ private:
+  static int look(dl_phdr_info* info, size_t, void* result) {
+    for (int i = 0; i < info->dlpi_phnum; ++i) {
+      if (info->dlpi_phdr[i].p_type != PT_TLS || info->dlpi_tls_data == nullptr) continue;
+      Statics segment;
+      segment.begin_ = static_cast<char*>(info->dlpi_tls_data);
+      segment.size_ = info->dlpi_phdr[i].p_memsz;
+      if (!segment.holds(&anchor)) continue;
+      *static_cast<Statics*>(result) = segment;
+      return 1;
+    }
+    return 0;
+  }
+
+  char* begin_ = nullptr;
+  size_t size_ = 0;
+};
+
 // Where a thread waits, and for whom.
 struct Site {
   const char* what = nullptr;
@@ -111,6 +162,7 @@ struct Thread {
   uint64_t exchanged = 0;      // what this thread gives to a shuffle or a vote
   std::vector<uint64_t> seen;  // what its warp gave, once all have arrived
   bool arrived_at_cluster = false;
+  bool owes_wait = false;  // has arrived at a cluster barrier and not waited there yet
   const Meeting* waits_in = nullptr;
   bool finished = false;
   Site site;
@@ -134,6 +186,8 @@ struct Block {
   Meeting meeting;
   std::vector<Meeting> warps;
   std::map<int64_t, Piece> shared;  // by offset in the block's shared memory
+  std::vector<char> statics;        // its static shared memory, while another block's is in place
+  bool started = false;
 };
 
 struct Cluster {
@@ -151,9 +205,14 @@ class Machine {
 
   template <typename Kernel, typename Call>
   void run(Kernel kernel, const Shape& shape, const Call& call, uint64_t seed) {
+    require("blocks", shape.blocks, 1, kMaxBlocks);
+    require("threads in a block", shape.threads, 1, kMaxThreads);
+    require("blocks in a cluster", shape.cluster, 1, kMaxCluster);
+    require("bytes of shared memory", shape.shared, 0, kMaxShared);
     if (shape.threads % kWarpSize != 0 || shape.blocks % shape.cluster != 0) {
       throw std::runtime_error("the emulator wants whole warps and whole clusters");
     }
+    statics_ = Statics::find();
     shape_ = shape;
     random_.seed(seed);
     body_ = [kernel, &call] { kernel(call); };
@@ -206,8 +265,9 @@ class Machine {
   void arrive_at_cluster() {
     Thread& self = thread();
     self.site = {"cluster_arrive", "", 0, 0};
-    if (self.arrived_at_cluster) fail("a thread arrives twice at a cluster barrier", self, self);
+    if (self.owes_wait) blame(self, "arrives at a cluster barrier again before it has waited there");
     self.arrived_at_cluster = true;
+    self.owes_wait = true;
     if (++cluster_.arrived == static_cast<size_t>(shape_.cluster) * static_cast<size_t>(shape_.threads)) {
       cluster_.arrived = 0;
       for (Block& block : cluster_.blocks) {
@@ -221,8 +281,16 @@ class Machine {
   void wait_for_cluster() {
     Thread& self = thread();
     self.site = {"cluster_wait", "", 0, 0};
+    if (!self.owes_wait) blame(self, "waits at a cluster barrier at which it has not arrived");
+    self.owes_wait = false;
     if (!self.arrived_at_cluster) return;  // the last one has come since this thread arrived
     cluster_.waiting.push_back(&self);
+    wait();
+  }
+
+  // Lets other threads run first.
+  void give_way() {
+    ready_.push_back(running_);
     wait();
   }
 
@@ -249,17 +317,25 @@ class Machine {
 
   const void* peer(const void* address, int rank) {
     const char* byte = static_cast<const char*>(address);
+    if (thread().owes_wait) {
+      blame(thread(), "reads another block's shared memory after it has arrived at the cluster barrier");
+    }
+    Block& other = cluster_.blocks.at(static_cast<size_t>(rank));
+    if (!other.started) {
+      throw std::runtime_error("a block reads shared memory of a block that has not started");
+    }
+    if (std::any_of(other.threads.begin(), other.threads.end(),
+                    [](auto& thread) { return thread->finished; })) {
+      throw std::runtime_error("a block reads shared memory of a block that has left the kernel");
+    }
+    // While this block's threads run, the others' copies are all put away.
+    if (statics_.holds(byte)) return &other == &block() ? byte : &other.statics[byte - statics_.begin()];
     for (auto& [at, piece] : block().shared) {
       const char* begin = piece.memory.get();
       if (begin == nullptr || byte < begin || byte >= begin + piece.bytes) continue;
-      Block& other = cluster_.blocks.at(static_cast<size_t>(rank));
-      if (std::any_of(other.threads.begin(), other.threads.end(),
-                      [](auto& thread) { return thread->finished; })) {
-        throw std::runtime_error("a block reads shared memory of a block that has left the kernel");
-      }
       const auto found = other.shared.find(at);
       if (found == other.shared.end()) {
-        throw std::runtime_error("a block reads shared memory of a block that has not started");
+        throw std::runtime_error("a block reads shared memory that the other block has not taken");
       }
       return found->second.memory.get() + (byte - begin);
     }
@@ -273,11 +349,13 @@ class Machine {
     cluster_ = Cluster{};
     cluster_.blocks.resize(static_cast<size_t>(shape_.cluster));
     ready_.clear();
+    loaded_ = nullptr;
     size_t used = 0;
     for (int rank = 0; rank < shape_.cluster; ++rank) {
       Block& block = cluster_.blocks[static_cast<size_t>(rank)];
       block.index = static_cast<unsigned>(index * shape_.cluster + rank);
       block.rank = static_cast<unsigned>(rank);
+      block.statics.assign(statics_.size(), '\xff');
       block.warps.resize(static_cast<size_t>(shape_.threads) / kWarpSize);
       for (int i = 0; i < shape_.threads; ++i) {
         auto thread = std::make_unique<Thread>();
@@ -297,6 +375,7 @@ class Machine {
       running_ = ready_[pick];
       ready_[pick] = ready_.back();
       ready_.pop_back();
+      bring_in_statics(*running_->block);
       scheduler_.switch_to(running_->fiber);
     }
     if (error_ != nullptr) std::rethrow_exception(error_);
@@ -312,11 +391,22 @@ class Machine {
     Machine& machine = instance();
     try {
       machine.body_();
+      if (machine.running_->owes_wait) {
+        blame(*machine.running_, "leaves the kernel without a wait at the cluster barrier where it arrived");
+      }
     } catch (...) {
       machine.error_ = std::current_exception();
     }
     machine.running_->finished = true;
     machine.running_->fiber.finish(machine.scheduler_);
+  }
+
+  void bring_in_statics(Block& block) {
+    block.started = true;
+    if (loaded_ == &block) return;
+    if (loaded_ != nullptr) std::memcpy(loaded_->statics.data(), statics_.begin(), statics_.size());
+    std::memcpy(statics_.begin(), block.statics.data(), statics_.size());
+    loaded_ = &block;
   }
 
   void wait() { thread().fiber.switch_to(scheduler_); }
@@ -330,6 +420,16 @@ class Machine {
     return std::to_string(thread.index) + " of block " + std::to_string(thread.block->index);
   }
 
+  static void require(const char* what, int64_t value, int64_t low, int64_t high) {
+    if (value >= low && value <= high) return;
+    throw std::runtime_error("a launch of " + std::to_string(value) + " " + what + "; allowed are " +
+                             std::to_string(low) + " to " + std::to_string(high));
+  }
+
+  [[noreturn]] static void blame(const Thread& thread, const char* what) {
+    throw std::runtime_error("thread " + name(thread) + " " + what);
+  }
+
   [[noreturn]] void fail(const char* what, const Thread& one, const Thread& other) {
     throw std::runtime_error(std::string(what) + ": thread " + name(one) + " is in " + one.site.text() +
                              ", thread " + name(other) +
@@ -337,6 +437,8 @@ class Machine {
   }
 
   Shape shape_;
+  Statics statics_;
+  Block* loaded_ = nullptr;  // whose statics are in place
   std::mt19937_64 random_;
   std::function<void()> body_;
   Cluster cluster_;
@@ -422,12 +524,47 @@ class SharedMemory {
   emulator::shuffle(mask, value, emulator::lane() ^ (distance), "__shfl_xor_sync", __FILE__, __LINE__)
 #define __ballot_sync(mask, predicate) emulator::ballot(mask, predicate, __FILE__, __LINE__)
 
-// One thread runs at a time and gives way at barriers only, so every operation is atomic.
-template <typename T>
-T atomicAdd(T* address, T value) {
+namespace emulator {
+
+// Other threads come first, whose atomics this one must then not undo.
+template <typename T, typename Change>
+T read_modify_write(T* address, Change change) {
+  static_assert(std::is_arithmetic_v<T> && sizeof(T) >= 4);
+  Machine::instance().give_way();
   const T before = *address;
-  *address += value;
+  *address = change(before);
   return before;
+}
+
+}  // namespace emulator
+
+template <typename T>
+T atomicAdd(T* address, std::type_identity_t<T> value) {
+  return emulator::read_modify_write(address, [=](T before) { return before + value; });
+}
+template <typename T>
+T atomicMax(T* address, std::type_identity_t<T> value) {
+  return emulator::read_modify_write(address, [=](T before) { return max(before, value); });
+}
+template <typename T>
+T atomicMin(T* address, std::type_identity_t<T> value) {
+  return emulator::read_modify_write(address, [=](T before) { return min(before, value); });
+}
+template <typename T>
+T atomicExch(T* address, std::type_identity_t<T> value) {
+  return emulator::read_modify_write(address, [=](T) { return value; });
+}
+template <typename T>
+T atomicCAS(T* address, std::type_identity_t<T> expected, std::type_identity_t<T> value) {
+  return emulator::read_modify_write(address, [=](T before) { return before == expected ? value : before; });
+}
+template <typename T>
+T atomicOr(T* address, std::type_identity_t<T> value) {
+  return emulator::read_modify_write(address, [=](T before) { return before | value; });
+}
+template <typename T>
+T atomicAnd(T* address, std::type_identity_t<T> value) {
+  return emulator::read_modify_write(address, [=](T before) { return before & value; });
 }
 
 inline int __ffs(unsigned value) { return __builtin_ffs(static_cast<int>(value)); }

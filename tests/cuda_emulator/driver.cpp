@@ -105,12 +105,45 @@ int64_t emulate_cam_erase_bwd(const Setting* setting, const CamEraseBwd* call, c
 }
 
 // from, to: [blocks * threads]
-int64_t emulate_reverse(const Setting* setting, const float* from, float* to, int32_t mistake) {
+int64_t emulate_reverse(const Setting* setting, const float* from, float* to, int32_t mistake, bool fixed) {
   return guarded(setting, [&](EmulatorLauncher& launcher) {
     const LaunchShape shape{setting->cluster, setting->threads, setting->cluster,
                             int64_t{4} * setting->threads};
     launcher.run(emulator::reverse_kernel, shape,
-                 emulator::Reverse{from, to, static_cast<emulator::Mistake>(mistake)});
+                 emulator::Reverse{from, to, static_cast<emulator::Mistake>(mistake), fixed});
+  });
+}
+
+// values: [blocks * threads]; sums: [blocks]
+int64_t emulate_block_sums(const Setting* setting, int64_t blocks, const int* values, int* sums,
+                           int32_t mistake) {
+  return guarded(setting, [&](EmulatorLauncher& launcher) {
+    launcher.run(emulator::block_sums_kernel, LaunchShape{blocks, setting->threads, setting->cluster, 0},
+                 emulator::BlockSums{values, sums, static_cast<emulator::Mistake>(mistake)});
+  });
+}
+
+// values: [blocks * threads]; counts: [bins]
+int64_t emulate_histogram(const Setting* setting, int64_t blocks, const int* values, int* counts,
+                          int32_t bins, int32_t mistake) {
+  return guarded(setting, [&](EmulatorLauncher& launcher) {
+    launcher.run(emulator::histogram_kernel, LaunchShape{blocks, setting->threads, setting->cluster, 0},
+                 emulator::Histogram{values, counts, bins, static_cast<emulator::Mistake>(mistake)});
+  });
+}
+
+// values: [blocks * threads]
+int64_t emulate_tally(const Setting* setting, int64_t blocks, const int* values, emulator::Tally* tally) {
+  return guarded(setting, [&](EmulatorLauncher& launcher) {
+    launcher.run(emulator::tally_kernel, LaunchShape{blocks, setting->threads, setting->cluster, 0},
+                 emulator::Tallying{values, tally});
+  });
+}
+
+int64_t emulate_launch(const Setting* setting, int64_t blocks, int64_t shared) {
+  return guarded(setting, [&](EmulatorLauncher& launcher) {
+    launcher.run(emulator::empty_kernel, LaunchShape{blocks, setting->threads, setting->cluster, shared},
+                 emulator::Nothing{});
   });
 }
 

@@ -24,6 +24,12 @@ MISTAKES = (
     "thread_leaves_early",
     "part_of_a_warp_shuffles",
     "beyond_the_end",
+    "waits_without_arriving",
+    "arrives_twice",
+    "never_waits",
+    "reads_between_arrive_and_wait",
+    "reads_before_the_atomic",
+    "never_writes",
 )
 _Pointer, _I64, _I32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _F32, _Bool = ctypes.c_float, ctypes.c_bool
@@ -180,7 +186,8 @@ class Emulator:
     def load(path: Path) -> "Emulator":
         library = ctypes.CDLL(str(path))
         library.emulator_error.restype = ctypes.c_char_p
-        for name in ("cam_fwd", "cam_bwd", "cam_erase_fwd", "cam_erase_bwd", "reverse"):
+        ops = "cam_fwd", "cam_bwd", "cam_erase_fwd", "cam_erase_bwd"
+        for name in (*ops, "reverse", "block_sums", "histogram", "tally", "launch"):
             getattr(library, f"emulate_{name}").restype = _I64
         sizes = (_I64 * 4)()
         library.emulator_sizes(sizes)
@@ -364,14 +371,39 @@ class Emulator:
         colours = (ctypes.c_double * len(fill))(*fill)
         self._call("cam_erase_bwd", call, [grad_images, grad_map], colours, _I64(len(fill)))
 
-    def reverse(self, mistake: str, seed: int, cluster: int) -> str:
+    def _try(self, name: str, *arguments: Any) -> str:
+        """Runs one of the emulator's own kernels; the error's text, empty if there was none."""
+        setting = _Setting(seed=self.seed, threads=self.threads, cluster=self.cluster, vectors=True)
+        launched = getattr(self.library, f"emulate_{name}")(ctypes.byref(setting), *arguments)
+        return str(self.library.emulator_error().decode()) if launched < 0 else ""
+
+    def reverse(self, mistake: str, fixed: bool = False) -> str:
         """What is wrong with a kernel that has that mistake; empty where nothing shows."""
-        setting = _Setting(seed=seed, threads=self.threads, cluster=cluster, vectors=True)
-        values = torch.arange(cluster * self.threads, dtype=torch.float32)
+        values = torch.arange(self.cluster * self.threads, dtype=torch.float32)
         result = torch.full_like(values, torch.nan)
         pointers = _Pointer(values.data_ptr()), _Pointer(result.data_ptr())
-        number = _I32(MISTAKES.index(mistake))
-        launched = self.library.emulate_reverse(ctypes.byref(setting), *pointers, number)
-        if launched < 0:
-            return str(self.library.emulator_error().decode())
-        return "" if torch.equal(result, values.flip(0)) else "a wrong result"
+        error = self._try("reverse", *pointers, _I32(MISTAKES.index(mistake)), _Bool(fixed))
+        return error or ("" if torch.equal(result, values.flip(0)) else "a wrong result")
+
+    def _tested(self, name: str, values: Tensor, result: Tensor, *rest: Any) -> Tensor:
+        pointers = _Pointer(values.data_ptr()), _Pointer(result.data_ptr())
+        error = self._try(name, _I64(values.numel() // self.threads), *pointers, *rest)
+        if error:
+            raise RuntimeError(error)
+        return result
+
+    def block_sums(self, values: Tensor, mistake: str) -> Tensor:
+        sums = torch.zeros(values.numel() // self.threads, dtype=torch.int32)
+        return self._tested("block_sums", values, sums, _I32(MISTAKES.index(mistake)))
+
+    def histogram(self, values: Tensor, bins: int, mistake: str) -> Tensor:
+        counts = torch.zeros(bins, dtype=torch.int32)
+        return self._tested("histogram", values, counts, _I32(bins), _I32(MISTAKES.index(mistake)))
+
+    def tally(self, values: Tensor) -> Tensor:
+        """Sum, most, least, union and intersection of bits, last value, sum of the values before it."""
+        return self._tested("tally", values, torch.tensor([0, -1, 2**30, 0, -1, 0, 0], dtype=torch.int32))
+
+    def launch(self, blocks: int, shared: int) -> str:
+        """What is wrong with a launch of that size."""
+        return self._try("launch", _I64(blocks), _I64(shared))
