@@ -4,9 +4,11 @@ VENV := .venv
 PY := $(VENV)/bin/python
 RESULTS ?= benchmarks/results
 SOURCES := setup.py $(wildcard tools/*.py) $(shell find csrc -type f)
-CPP := $(shell git ls-files 'csrc/*' 'tests/cuda_emulator/*' | grep -E '\.(h|cpp|cu|cuh)$$')
+CPP := $(shell find csrc tests/cuda_emulator -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+# A change of these rebuilds the extension, as a change of its sources does.
+SETTINGS := $(CAMKERNELS_CUDA)|$(CAMKERNELS_DEBUG)|$(TORCH_CUDA_ARCH_LIST)|$(CUDA_HOME)|$(CXX)
 
-.PHONY: help install test demo bench lint format gpu clean
+.PHONY: FORCE help install test demo bench lint format gpu clean
 
 help:
 	@echo "make demo     train with PCL on real images, write demo/"
@@ -24,7 +26,10 @@ $(VENV)/.packages: requirements.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-$(VENV)/.built: $(VENV)/.packages pyproject.toml $(SOURCES)
+$(VENV)/.settings: $(VENV)/.packages FORCE
+	@echo '$(SETTINGS)' | cmp -s - $@ || echo '$(SETTINGS)' > $@
+
+$(VENV)/.built: $(VENV)/.packages $(VENV)/.settings pyproject.toml $(SOURCES)
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	touch $@
 

@@ -6,6 +6,7 @@ One call per loss, exact values and gradients, no host synchronisation:
     erased, cam = fused_cam_erase(features, classifier.weight, target, images)
 """
 
+from camkernels import losses
 from camkernels._backend import use_backend
 from camkernels._version import __version__
 from camkernels.ops.cam import fused_cam
@@ -19,5 +20,6 @@ __all__ = [
     "focus_area",
     "fused_cam",
     "fused_cam_erase",
+    "losses",
     "use_backend",
 ]

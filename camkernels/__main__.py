@@ -63,6 +63,10 @@ def doctor() -> None:
     print()
     for kind in kinds:
         print(f"auto on {kind}: {_backend.resolve('doctor', 'auto', kind, torch.float32)}")
+    asked = _backend.setting()
+    reason = _backend.works_nowhere(asked) if _backend.check(asked) != "auto" else None
+    if reason is not None:
+        raise SystemExit(f"backend {asked!r} was asked for and cannot serve here: {reason}")
 
 
 def main() -> None:

@@ -189,3 +189,19 @@ def test_auto_leaves_to_triton_what_does_not_suit_the_cuda_kernels(monkeypatch):
     assert launched == ["triton", "triton"]
     fused_cam(torch.zeros(1, 1, 2, 2), weight, torch.zeros(1, dtype=torch.int64))
     assert launched == ["triton", "triton"]
+
+
+def test_doctor_fails_where_the_backend_asked_for_cannot_serve():
+    command = [sys.executable, "-m", "camkernels", "doctor"]
+    wrong = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "CAMKERNELS_BACKEND": "foo"}
+    )
+    assert wrong.returncode != 0
+    assert "CAMKERNELS_BACKEND is 'foo'" in wrong.stderr
+
+
+def test_meta_tensors_give_shapes():
+    case = Case()
+    arguments = (x.to("meta") for x in (case.features(), case.weight(), case.target(), case.pictures()))
+    erased, cam = camkernels.fused_cam_erase(*arguments)
+    assert (erased.device.type, erased.shape, cam.shape) == ("meta", (3, 3, 37, 29), (3, 7, 7))
