@@ -21,10 +21,6 @@ _LIB = torch.library.Library("camkernels", "DEF")
 _CPP = torch.library.Library("camkernels_cpp", "DEF")  # filled by csrc/, for the CPU and CUDA keys
 
 
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def memory_format(tensor: Tensor) -> torch.memory_format:
     """channels_last where the tensor lies so and not the plain way too (one channel, one pixel)."""
     if (

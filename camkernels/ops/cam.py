@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from camkernels import _backend, reference
-from camkernels._library import accumulate_dtype, define_op, memory_format, prepare_inputs
+from camkernels._library import define_op, memory_format, prepare_inputs
 from camkernels.ops import _checks
 from camkernels.ops._autograd import first_order
+from camkernels.reference.cam import accumulate_dtype
 
 
 def fused_cam(
