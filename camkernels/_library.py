@@ -53,8 +53,8 @@ def define_op(
     """Define ``camkernels::<name>(arguments, str backend) -> outputs``.
 
     ``prepare`` maps the arguments to those that kernels read in place; the device and the dtype of the
-    first choose the backend. ``suits_cuda`` tells from the prepared arguments whether ``auto`` may take the
-    CUDA kernels; else it takes Triton's.
+    first choose the backend. ``suits_cuda`` tells from the prepared arguments whether ``auto`` should take
+    the CUDA kernels; else it takes Triton's, where those work.
     """
     results = ", ".join("Tensor" for _ in outputs)
     written = ", ".join(f"Tensor({chr(97 + i)}!) {output}" for i, output in enumerate(outputs))
@@ -76,7 +76,8 @@ def define_op(
             return filled
         backend = _backend.resolve(name, requested, first.device.type, first.dtype)
         if backend == "cuda" and requested == "auto" and not suits_cuda(*prepared):
-            backend = _backend.resolve(name, "triton", first.device.type, first.dtype)
+            reason = _backend.why_not("triton", first.device.type, first.dtype)
+            backend = "triton" if reason is None else backend
         launcher = getattr(importlib.import_module("camkernels.triton"), name) if backend == "triton" else cpp
         launcher(*prepared, *filled)
         return filled

@@ -189,6 +189,9 @@ def test_auto_leaves_to_triton_what_does_not_suit_the_cuda_kernels(monkeypatch):
     assert launched == ["triton", "triton"]
     fused_cam(torch.zeros(1, 1, 2, 2), weight, torch.zeros(1, dtype=torch.int64))
     assert launched == ["triton", "triton"]
+    monkeypatch.setattr(_backend, "why_not", lambda *question: "Triton is not installed")
+    fused_cam(torch.zeros(1, 1, 2, 2), weight)
+    assert launched == ["triton", "triton"]
 
 
 def test_doctor_fails_where_the_backend_asked_for_cannot_serve():
