@@ -31,7 +31,8 @@ step build 120 "$python" setup.py build_ext --inplace
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 step doctor 30 "$python" -m camkernels doctor
 # Without the files that need no device: they run wherever the suite does.
-host_only=(cuda_emulator cuda_build triton_aot benchmarks examples backend bad_input losses properties)
+host_only=(cuda_emulator cuda_build triton_aot benchmarks examples backend bad_input properties
+  pairwise_consistency weighted_bce attention_consistency)
 ignored=("${host_only[@]/#/--ignore=tests/test_}")
 step tests 180 "$python" -m pytest tests -q -n "$(($(nproc) < 8 ? $(nproc) : 8))" "${ignored[@]/%/.py}"
 PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin

@@ -1,4 +1,4 @@
-"""camkernels.losses against the papers' formulas written out in float64."""
+"""PairwiseConsistencyLoss against the formula of PCL written out in float64."""
 
 import re
 from math import exp, log

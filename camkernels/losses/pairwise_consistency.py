@@ -1,11 +1,10 @@
-"""Training losses as modules that hold options and state; no kernel lives here."""
-
-from math import isfinite
+"""Pairwise consistency learning."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from camkernels.losses import _inputs
 from camkernels.ops import _checks
 
 # A class index that no user passes: F.nll_loss would otherwise skip -100 in silence.
@@ -55,14 +54,14 @@ class PairwiseConsistencyLoss(nn.Module):
 
     def __init__(self, alpha: float = 1.0, beta: float = 2.0) -> None:
         super().__init__()
-        self.alpha = _factor("alpha", alpha)
-        self.beta = _factor("beta", beta)
+        self.alpha = _inputs.factor(type(self).__name__, "alpha", alpha)
+        self.beta = _inputs.factor(type(self).__name__, "beta", beta)
 
     def forward(self, logits: Tensor, erased_logits: Tensor, side_logits: Tensor, target: Tensor) -> Tensor:
         name = type(self).__name__
-        logits = _logits(name, "logits", logits, None)
-        erased_logits = _logits(name, "erased_logits", erased_logits, logits)
-        side_logits = _logits(name, "side_logits", side_logits, logits)
+        logits = _inputs.logits(name, "logits", logits)
+        erased_logits = _inputs.logits(name, "erased_logits", erased_logits, logits)
+        side_logits = _inputs.logits(name, "side_logits", side_logits, logits)
         target = _class_indices(name, target, logits)
 
         log_p = _log_softmax(logits)  # [N, L]
@@ -96,28 +95,6 @@ def _divergence(log_q: Tensor, log_p: Tensor) -> Tensor:
 def _negative_log_likelihood(log_probability: Tensor, target: Tensor) -> Tensor:
     """Summed over the batch."""
     return F.nll_loss(log_probability, target, reduction="sum", ignore_index=_NO_IGNORED_CLASS)
-
-
-def _factor(argument: str, value: object) -> float:
-    name = PairwiseConsistencyLoss.__name__
-    result = _checks.number(name, argument, value, "of at least 0")
-    if not (result >= 0 and isfinite(result)):
-        raise ValueError(f"{name}: {argument} is {result}; it must be a finite number of at least 0")
-    return result
-
-
-def _logits(function: str, argument: str, value: object, like: Tensor | None) -> Tensor:
-    result = _checks.tensor(function, argument, value, "[N, L]", (2,))
-    if result.shape[1] == 0:
-        raise ValueError(f"{function}: {argument} has shape {list(result.shape)}; L must be at least 1")
-    if like is None:
-        return result
-    if result.shape != like.shape:
-        raise ValueError(
-            f"{function}: {argument} has shape {list(result.shape)} and logits {list(like.shape)}; "
-            "they must be equal"
-        )
-    return _checks.same_device(function, argument, result, like, "logits")
 
 
 def _class_indices(function: str, value: object, logits: Tensor) -> Tensor:

@@ -1,0 +1,6 @@
+"""Training losses as modules that hold options and state; no kernel lives here."""
+
+from camkernels.losses.pairwise_consistency import PairwiseConsistencyLoss
+from camkernels.losses.weighted_bce import WeightedBCEWithLogits
+
+__all__ = ["PairwiseConsistencyLoss", "WeightedBCEWithLogits"]
