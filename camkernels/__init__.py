@@ -6,11 +6,12 @@ One call per loss, exact values and gradients, no host synchronisation:
     erased, cam = fused_cam_erase(features, classifier.weight, target, images)
 """
 
-from camkernels import losses
+from camkernels import losses, transforms
 from camkernels._backend import use_backend
 from camkernels._version import __version__
 from camkernels.ops.cam import fused_cam
 from camkernels.ops.cam_erase import CamErase, fused_cam_erase
+from camkernels.ops.cam_transform_mse import fused_cam_transform_mse
 from camkernels.ops.focus_area import FocusArea, focus_area
 
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     "focus_area",
     "fused_cam",
     "fused_cam_erase",
+    "fused_cam_transform_mse",
     "losses",
+    "transforms",
     "use_backend",
 ]

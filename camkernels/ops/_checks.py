@@ -26,11 +26,12 @@ def tensor(function: str, argument: str, value: object, shape: str, dims: Sequen
     return value
 
 
-def features(function: str, value: object) -> Tensor:
-    value = tensor(function, "features", value, "[N, C, H, W]", (4,))
+def features(function: str, value: object, argument: str = "features") -> Tensor:
+    value = tensor(function, argument, value, "[N, C, H, W]", (4,))
     if 0 in value.shape[1:]:
         raise ValueError(
-            f"{function}: features has shape {list(value.shape)}; C, H and W must be at least 1 (N may be 0)"
+            f"{function}: {argument} has shape {list(value.shape)}; "
+            "C, H and W must be at least 1 (N may be 0)"
         )
     return value
 

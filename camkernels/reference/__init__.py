@@ -2,6 +2,7 @@
 
 from camkernels.reference.cam import cam
 from camkernels.reference.cam_erase import cam_erase
+from camkernels.reference.cam_transform_mse import cam_transform_mse
 from camkernels.reference.focus_area import focus_area
 
-__all__ = ["cam", "cam_erase", "focus_area"]
+__all__ = ["cam", "cam_erase", "cam_transform_mse", "focus_area"]

@@ -1,0 +1,96 @@
+// Which cells of a heatmap a transformed heatmap reads, and how two grids of one extent overlap.
+#pragma once
+
+#include <cstdint>
+
+#include "annotations.h"
+#include "taps.h"
+
+namespace camkernels {
+
+// Output index i reads the input at step * i + offset + fraction; valid for begin <= i < end.
+struct Axis {
+  int64_t step;
+  int64_t offset;
+  double fraction;
+  int64_t begin;
+  int64_t end;
+};
+
+// A transform between two grids, either axis by axis or, where `affine`, by a matrix of each image.
+struct Geometry {
+  bool affine;
+  bool transposed;
+  Axis rows;
+  Axis columns;
+  int height, width;      // of the map that is read
+  int height_t, width_t;  // of the transformed map
+};
+
+template <typename Real>
+struct CellTaps {
+  Taps<Real> y;
+  Taps<Real> x;
+  bool valid;
+};
+
+template <typename Real>
+CAMKERNELS_HD Taps<Real> axis_taps(const Axis& axis, int64_t index, int size) {
+  const int64_t first = axis.step * index + axis.offset;
+  const int64_t last = size - 1;
+  const int low = static_cast<int>(first < 0 ? 0 : first > last ? last : first);
+  if (axis.fraction == 0) return {low, low, Real(0)};  // the next cell must not be read: it may hold a NaN
+  const int64_t second = first + 1;
+  const int high = static_cast<int>(second < 0 ? 0 : second > last ? last : second);
+  return {low, high, static_cast<Real>(axis.fraction)};
+}
+
+// `position` is in F.affine_grid's units, -1 and 1 at the outer edges of the first and last cell; the border
+// extends by half a cell.
+template <typename Real>
+CAMKERNELS_HD Taps<Real> position_taps(double position, int size) {
+  double source = ((position + 1.0) * size - 1.0) / 2.0;
+  // Not source > 0 ? source : 0: a NaN, of a matrix that holds one, must not become an index.
+  if (!(source > 0.0)) source = 0.0;
+  if (source > size - 1.0) source = size - 1.0;
+  const int low = static_cast<int>(source);
+  const int high = low < size - 1 ? low + 1 : low;
+  return {low, high, static_cast<Real>(source - low)};
+}
+
+// Cell (row, column) of the transformed map. `matrix` is [2, 3] in double, read only where the geometry is
+// affine: in float a position on the border would fall on either side of it.
+template <typename Real>
+CAMKERNELS_HD CellTaps<Real> cell_taps(const Geometry& geometry, const double* matrix, int row, int column) {
+  if (geometry.affine) {
+    const double x = (2.0 * column + 1.0) / geometry.width_t - 1.0;
+    const double y = (2.0 * row + 1.0) / geometry.height_t - 1.0;
+    const double u = matrix[0] * x + matrix[1] * y + matrix[2];
+    const double v = matrix[3] * x + matrix[4] * y + matrix[5];
+    const bool valid = u >= -1.0 && u <= 1.0 && v >= -1.0 && v <= 1.0;
+    return {position_taps<Real>(v, geometry.height), position_taps<Real>(u, geometry.width), valid};
+  }
+  const int64_t a = geometry.transposed ? column : row;
+  const int64_t b = geometry.transposed ? row : column;
+  const bool valid = a >= geometry.rows.begin && a < geometry.rows.end && b >= geometry.columns.begin &&
+                     b < geometry.columns.end;
+  return {axis_taps<Real>(geometry.rows, a, geometry.height),
+          axis_taps<Real>(geometry.columns, b, geometry.width), valid};
+}
+
+// Two grids of `size` and `other` cells on the same extent, which is size * other units long.
+// Cell `index` of the first overlaps cells [first_overlap, last_overlap] of the second.
+CAMKERNELS_HD int64_t first_overlap(int64_t index, int64_t size, int64_t other) {
+  return index * other / size;
+}
+CAMKERNELS_HD int64_t last_overlap(int64_t index, int64_t size, int64_t other) {
+  return ((index + 1) * other - 1) / size;
+}
+CAMKERNELS_HD int64_t overlap(int64_t index, int64_t size, int64_t other_index, int64_t other) {
+  const int64_t begin = index * other > other_index * size ? index * other : other_index * size;
+  const int64_t end =
+      (index + 1) * other < (other_index + 1) * size ? (index + 1) * other : (other_index + 1) * size;
+  return end - begin;
+}
+
+}  // namespace camkernels
