@@ -1,6 +1,12 @@
 """Training losses as modules that hold options and state; no kernel lives here."""
 
+from camkernels.losses.attention_consistency import AttentionConsistency, AttentionConsistencyLoss
 from camkernels.losses.pairwise_consistency import PairwiseConsistencyLoss
 from camkernels.losses.weighted_bce import WeightedBCEWithLogits
 
-__all__ = ["PairwiseConsistencyLoss", "WeightedBCEWithLogits"]
+__all__ = [
+    "AttentionConsistency",
+    "AttentionConsistencyLoss",
+    "PairwiseConsistencyLoss",
+    "WeightedBCEWithLogits",
+]
