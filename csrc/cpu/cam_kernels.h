@@ -12,7 +12,7 @@
 
 #include "../shared/min_max.h"
 #include "kernels.h"
-#include "vector.h"
+#include "products.h"
 
 namespace camkernels::cpu {
 namespace {
@@ -36,7 +36,7 @@ void cam_fwd(const CamFwd& p, int64_t block_begin, int64_t block_end) {
   using Real = Accumulate<T>;
   const int64_t blocks = (p.maps + kMapBlock - 1) / kMapBlock;
   const int64_t most = p.maps < kMapBlock ? p.maps : kMapBlock;
-  const int64_t staged = p.channels_last ? kDotRows * p.channels : kPanelRows * p.pixels;
+  const int64_t staged = p.channels_last ? kDotColumns * p.channels : kPanelRows * p.pixels;
   const std::unique_ptr<Real[]> rows(new Real[most * p.channels]);
   const std::unique_ptr<Real[]> raw(new Real[most * p.pixels]);
   const std::unique_ptr<Real[]> staging(new Real[std::is_same_v<T, Real> ? 0 : staged]);
@@ -52,7 +52,7 @@ void cam_fwd(const CamFwd& p, int64_t block_begin, int64_t block_end) {
     const T* features = static_cast<const T*>(p.features.data) + n * p.channels * p.pixels;
     if (p.channels_last) {
       dots(rows.get(), p.channels, features, p.channels, raw.get(), p.pixels, 1, count, p.pixels, p.channels,
-           staging.get());
+           staging.get(), true);
     } else {
       panel({rows.get(), p.channels, 1}, features, p.pixels, raw.get(), p.pixels, count, p.channels, p.pixels,
             staging.get(), true);
@@ -100,7 +100,7 @@ template <typename T>
 void cam_bwd_channels(const CamBwd& p, int64_t channel_begin, int64_t channel_end) {
   using Real = Accumulate<T>;
   const int64_t width = channel_end - channel_begin;
-  const int64_t staged = p.channels_last ? kPanelRows * width : kDotRows * p.pixels;
+  const int64_t staged = p.channels_last ? kPanelRows * width : kDotColumns * p.pixels;
   const std::unique_ptr<Real[]> rows(new Real[p.maps * width]);
   const std::unique_ptr<Real[]> products(new Real[p.maps * width]);
   const int64_t length = p.channels_last ? width : p.pixels;  // of a line of features, in this range
@@ -139,7 +139,7 @@ void cam_bwd_channels(const CamBwd& p, int64_t channel_begin, int64_t channel_en
                  width, staging.get(), true);
       } else {
         dots<T>(grad_raw, p.pixels, features, p.pixels, products.get(), width, 1, p.maps, width, p.pixels,
-                staging.get());
+                staging.get(), true);
       }
       for (int64_t k = 0; k < p.maps; ++k) {
         const int64_t row = class_of(p.target, n, k, p.maps);

@@ -4,6 +4,7 @@
 
 #include "cam_erase_kernels.h"
 #include "cam_kernels.h"
+#include "cam_transform_mse_kernels.h"
 
 namespace camkernels::cpu {
 namespace {
@@ -79,10 +80,47 @@ void run_cam_erase_bwd(const CamErase& p, DType accumulate, int64_t image) {
   (accumulate == DType::kDouble ? erase_bwd<double> : erase_bwd<float>)(p, image);
 }
 
+template <typename Function>
+void with_element_type(DType dtype, Function&& function) {
+  switch (dtype) {
+    case DType::kHalf:
+      return function(Half{});
+    case DType::kBFloat16:
+      return function(BFloat16{});
+    case DType::kDouble:
+      return function(double{});
+    default:
+      return function(float{});
+  }
+}
+
+void run_cam_transform_mse_fwd(const CamTransformMse& p, int64_t image, int64_t class_begin,
+                               int64_t class_end) {
+  with_element_type(p.maps.features.dtype, [&](auto element) {
+    cam_transform_mse_fwd<decltype(element)>(p, image, class_begin, class_end);
+  });
+}
+
+void run_cam_transform_mse_slopes(const CamTransformMse& p, int64_t first_image, int64_t image,
+                                  int64_t class_begin, int64_t class_end) {
+  with_element_type(p.maps.features.dtype, [&](auto element) {
+    cam_transform_mse_slopes<decltype(element)>(p, first_image, image, class_begin, class_end);
+  });
+}
+
+void run_cam_transform_mse_bwd(const CamTransformMse& p, int64_t image_begin, int64_t image_end,
+                               int64_t channel_begin, int64_t channel_end) {
+  with_element_type(p.maps.features.dtype, [&](auto element) {
+    cam_transform_mse_bwd<decltype(element)>(p, image_begin, image_end, channel_begin, channel_end);
+  });
+}
+
 }  // namespace
 
 extern const Kernels CAMKERNELS_TABLE;
-const Kernels CAMKERNELS_TABLE = {CAMKERNELS_ISA,       run_cam_fwd,       run_cam_bwd_maps,
-                                  run_cam_bwd_channels, run_cam_erase_fwd, run_cam_erase_bwd};
+const Kernels CAMKERNELS_TABLE = {
+    CAMKERNELS_ISA,           run_cam_fwd,       run_cam_bwd_maps,          run_cam_bwd_channels,
+    run_cam_erase_fwd,        run_cam_erase_bwd, run_cam_transform_mse_fwd, run_cam_transform_mse_slopes,
+    run_cam_transform_mse_bwd};
 
 }  // namespace camkernels::cpu

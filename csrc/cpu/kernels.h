@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../shared/dtype.h"
+#include "../shared/transform.h"
 
 namespace camkernels::cpu {
 
@@ -53,6 +54,39 @@ struct CamErase {
   double threshold, sharpness;  // sharpness 0 erases hard
 };
 
+// Last feature maps of one of the two branches.
+struct Branch {
+  AnyArray features;  // [N, C, H, W], or [N, H, W, C] if channels_last
+  void* grad;         // as features; backward only, null where not wanted
+  int64_t height, width;
+  bool channels_last;
+  bool streamed;  // grad is written past the caches
+  int64_t cells() const { return height * width; }
+};
+
+// How T(M) and M' meet: cell by cell, or both resampled to a common grid.
+enum class Comparison : int64_t { kOneGrid, kNearest, kBilinear };
+
+struct CamTransformMse {
+  Branch maps;        // of the images: F, with class activation maps M = W F
+  Branch maps_t;      // of the transformed images: F', M'
+  AnyArray weight;    // [L, C]
+  AnyArray matrix;    // [1 or N, 2, 3] where geometry.affine
+  Geometry geometry;  // of kOneGrid
+  Comparison comparison;
+  int64_t images, channels, classes;
+  bool matrix_per_image;
+  void* means;  // [N, L], accumulation type; forward only
+  void* kept;   // [N, L, cells], accumulation type; null where not wanted. kOneGrid: T(M) - M', 0 in cells
+                // that are not valid. Else the larger of M and M', M if they are equal.
+  const void* grad_means;  // [N, L], accumulation type; backward only
+  void* slope;        // [images of a chunk, L, H * W], accumulation type; backward of a common grid only:
+  void* slope_t;      // gradients of M and of M'
+  void* grad_weight;  // [L, C], accumulation type, zeroed; null where not wanted
+
+  bool larger_is_first() const { return maps.cells() >= maps_t.cells(); }
+};
+
 // `accumulate` is kDouble for float64 features, else kFloat. Ranges are of the index named.
 struct Kernels {
   const char* name;
@@ -61,11 +95,21 @@ struct Kernels {
   void (*cam_bwd_channels)(const CamBwd&, int64_t channel_begin, int64_t channel_end);
   void (*cam_erase_fwd)(const CamErase&, DType accumulate, int64_t image, int64_t row_begin, int64_t row_end);
   void (*cam_erase_bwd)(const CamErase&, DType accumulate, int64_t image);
+  void (*cam_transform_mse_fwd)(const CamTransformMse&, int64_t image, int64_t class_begin,
+                                int64_t class_end);
+  // Of a common grid only: fills slope and slope_t for `image`, of the chunk that begins at `first_image`.
+  void (*cam_transform_mse_slopes)(const CamTransformMse&, int64_t first_image, int64_t image,
+                                   int64_t class_begin, int64_t class_end);
+  void (*cam_transform_mse_bwd)(const CamTransformMse&, int64_t image_begin, int64_t image_end,
+                                int64_t channel_begin, int64_t channel_end);
 };
 
 // Maps of one image that a thread computes together: enough to reuse each feature it loads, few enough
 // for their sums to stay in the first-level cache at 14 x 14.
 inline constexpr int64_t kMapBlock = 32;
+
+// Channels whose features a thread of cam_transform_mse holds at once: a whole number of vectors.
+inline constexpr int64_t kChannelBlock = 64;
 
 const Kernels& kernels();
 void use_kernels(const Kernels* chosen);

@@ -1,0 +1,146 @@
+// Torch bindings and threading of cam_transform_mse on the CPU.
+#include <algorithm>
+#include <vector>
+
+#include "../common.h"
+#include "checks.h"
+#include "kernels.h"
+
+namespace camkernels::cpu {
+namespace {
+
+// Classes that one task of forward takes: a small batch with many classes is cut up for the threads.
+constexpr int64_t kClassesPerTask = 256;
+
+Branch branch_of(const Tensor& features) {
+  Branch branch{};
+  branch.features = any_array(features);
+  branch.height = features.size(2);
+  branch.width = features.size(3);
+  branch.channels_last = is_channels_last(features);
+  branch.streamed = worth_streaming(features.numel());
+  return branch;
+}
+
+Axis axis_of(const int64_t* whole, double fraction) {
+  return {whole[0], whole[1], fraction, whole[2], whole[3]};
+}
+
+// whole, fractions: see Resampling.flat in camkernels/transforms.py
+CamTransformMse describe(const Tensor& features, const Tensor& features_t, const Tensor& weight,
+                         const std::optional<Tensor>& matrix, const std::vector<int64_t>& whole,
+                         const std::vector<double>& fractions, int64_t comparison) {
+  CamTransformMse p{};
+  p.maps = branch_of(features);
+  p.maps_t = branch_of(features_t);
+  p.weight = any_array(weight);
+  p.matrix = any_array(matrix);
+  p.matrix_per_image = matrix && matrix->size(0) > 1;
+  p.comparison = static_cast<Comparison>(comparison);
+  p.images = features.size(0);
+  p.channels = features.size(1);
+  p.classes = weight.size(0);
+  p.geometry.affine = matrix.has_value();
+  p.geometry.height = static_cast<int>(p.maps.height);
+  p.geometry.width = static_cast<int>(p.maps.width);
+  p.geometry.height_t = static_cast<int>(p.maps_t.height);
+  p.geometry.width_t = static_cast<int>(p.maps_t.width);
+  if (!whole.empty()) {
+    p.geometry.transposed = whole[0] != 0;
+    p.geometry.rows = axis_of(&whole[1], fractions[0]);
+    p.geometry.columns = axis_of(&whole[5], fractions[1]);
+  }
+  return p;
+}
+
+// Calls run(image, first class, last class) for every image of a range, in parallel.
+template <typename Run>
+void for_class_blocks(const CamTransformMse& p, int64_t images, Run&& run) {
+  const int64_t blocks = (p.classes + kClassesPerTask - 1) / kClassesPerTask;
+  const int64_t cost =
+      p.channels * (p.maps.cells() + p.maps_t.cells()) * std::min(p.classes, kClassesPerTask);
+  torch::stable::parallel_for(0, images * blocks, grain(cost), [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task % blocks * kClassesPerTask;
+      run(task / blocks, first, std::min(p.classes, first + kClassesPerTask));
+    }
+  });
+}
+
+void run_backward(const CamTransformMse& p, int64_t image_begin, int64_t image_end) {
+  const int64_t blocks = (p.channels + kChannelBlock - 1) / kChannelBlock;
+  const int64_t cost = (image_end - image_begin) * kChannelBlock * (p.maps.cells() + p.maps_t.cells()) *
+                       std::max<int64_t>(p.classes / 8, 1);
+  torch::stable::parallel_for(0, blocks, grain(cost), [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      kernels().cam_transform_mse_bwd(p, image_begin, image_end, block * kChannelBlock,
+                                      std::min(p.channels, (block + 1) * kChannelBlock));
+    }
+  });
+}
+
+}  // namespace
+
+void cam_transform_mse_fwd_cpu(const Tensor& features, const Tensor& features_t, const Tensor& weight,
+                               const std::optional<Tensor>& matrix, const std::vector<int64_t>& whole,
+                               const std::vector<double>& fractions, int64_t comparison, bool keep,
+                               const Tensor& means, const Tensor& kept) {
+  CamTransformMse p = describe(features, features_t, weight, matrix, whole, fractions, comparison);
+  p.means = means.mutable_data_ptr();
+  p.kept = keep ? kept.mutable_data_ptr() : nullptr;
+  for_class_blocks(p, p.images, [&](int64_t image, int64_t begin, int64_t end) {
+    kernels().cam_transform_mse_fwd(p, image, begin, end);
+  });
+}
+
+void cam_transform_mse_bwd_cpu(const Tensor& grad_means, const Tensor& features, const Tensor& features_t,
+                               const Tensor& weight, const std::optional<Tensor>& matrix, const Tensor& kept,
+                               const std::vector<int64_t>& whole, const std::vector<double>& fractions,
+                               int64_t comparison, bool need_features, bool need_features_t, bool need_weight,
+                               const Tensor& grad_features, const Tensor& grad_features_t,
+                               const Tensor& grad_weight) {
+  const auto accumulate = grad_means.scalar_type();
+  CamTransformMse p = describe(features, features_t, weight, matrix, whole, fractions, comparison);
+  p.grad_means = grad_means.const_data_ptr();
+  p.kept = kept.mutable_data_ptr();
+  p.maps.grad = need_features ? grad_features.mutable_data_ptr() : nullptr;
+  p.maps_t.grad = need_features_t ? grad_features_t.mutable_data_ptr() : nullptr;
+  // Sums are made in the accumulation type, in place where the weight already is of it.
+  const bool direct = need_weight && grad_weight.scalar_type() == accumulate;
+  Tensor sums = grad_weight;
+  if (need_weight && !direct) sums = torch::stable::new_empty(weight, {p.classes, p.channels}, accumulate);
+  if (need_weight) torch::stable::zero_(sums);
+  p.grad_weight = need_weight ? sums.mutable_data_ptr() : nullptr;
+
+  if (p.comparison == Comparison::kOneGrid) {
+    run_backward(p, 0, p.images);
+  } else {
+    // A few images at a time, so that the gradients of both maps take a fraction of the memory of one map.
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t blocks = (p.classes + kClassesPerTask - 1) / kClassesPerTask;
+    const int64_t chunk = std::min(p.images, std::max<int64_t>(1, 2 * threads / blocks));
+    const Tensor slopes = torch::stable::new_empty(
+        features, {chunk * p.classes * (p.maps.cells() + p.maps_t.cells())}, accumulate);
+    const int64_t item = grad_means.element_size();
+    p.slope = slopes.mutable_data_ptr();
+    p.slope_t = static_cast<char*>(p.slope) + chunk * p.classes * p.maps.cells() * item;
+    for (int64_t first = 0; first < p.images; first += chunk) {
+      const int64_t count = std::min(chunk, p.images - first);
+      for_class_blocks(p, count, [&](int64_t image, int64_t begin, int64_t end) {
+        kernels().cam_transform_mse_slopes(p, first, first + image, begin, end);
+      });
+      run_backward(p, first, first + count);
+    }
+  }
+  if (need_weight && !direct) {
+    Tensor out = grad_weight;
+    torch::stable::copy_(out, sums);
+  }
+}
+
+STABLE_TORCH_LIBRARY_IMPL(camkernels_cpp, CPU, m) {
+  m.impl("cam_transform_mse_fwd", TORCH_BOX(&cam_transform_mse_fwd_cpu));
+  m.impl("cam_transform_mse_bwd", TORCH_BOX(&cam_transform_mse_bwd_cpu));
+}
+
+}  // namespace camkernels::cpu

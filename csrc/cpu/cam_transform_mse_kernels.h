@@ -1,0 +1,590 @@
+// Mean squared difference of heatmaps under a transform, and its gradients, for one instruction set.
+//
+// Channels go along the vectors: features that lie [C][cells] are transposed, a block at a time, to the
+// [cells][C] of channels_last. There a transform is a sum of whole vectors, and no product wastes lanes on
+// maps of 7 x 7. On one grid, with D = T(F) - F' of a block of channels:
+//
+//   E = T(M) - M'    dots(w, D)
+//   grad_weight      product(E, D)
+//   W^T E            product(E transposed, w), of which grad_features_t is minus the multiple, grad_features
+//                    the multiple by the transpose of T
+#pragma once
+
+#include <algorithm>
+#include <memory>
+#include <numeric>
+
+#include "kernels.h"
+#include "products.h"
+
+namespace camkernels::cpu {
+namespace {
+
+// Rows of channels, [cells][width], and what they are made of.
+template <typename Real>
+struct Cells {
+  const Real* data;
+  int64_t stride;
+  const Real* at(int64_t cell) const { return data + cell * stride; }
+};
+
+// Channels [channel, channel + width) of an image, width at most kChannelBlock. In place where they lie so;
+// else in `to`, [cells][kChannelBlock], behind which `staging` holds kChannelBlock * cells elements.
+template <typename T>
+Cells<Accumulate<T>> load_cells(const Branch& branch, int64_t image, int64_t channels, int64_t channel,
+                                int64_t width, Accumulate<T>* to, Accumulate<T>* staging) {
+  using Real = Accumulate<T>;
+  const int64_t cells = branch.cells();
+  const T* features = static_cast<const T*>(branch.features.data) + image * channels * cells;
+  if (branch.channels_last) {
+    const T* first = features + channel;
+    if constexpr (std::is_same_v<T, Real>) {
+      if (width % Lanes<Real>::kCount == 0) return {first, channels};
+    }
+    for (int64_t p = 0; p < cells; ++p) {
+      const Real* row = widened(first + p * channels, to + p * kChannelBlock, width);
+      if (row != to + p * kChannelBlock) std::memcpy(to + p * kChannelBlock, row, width * sizeof(Real));
+    }
+  } else {
+    const T* first = features + channel * cells;
+    transpose(widened(first, staging, width * cells), cells, to, kChannelBlock, width, cells);
+  }
+  return {to, kChannelBlock};
+}
+
+// Writes rows of channels, [cells][kChannelBlock], to the gradient of the features. `staging` as above.
+template <typename T>
+void store_cells(const Accumulate<T>* from, const Branch& branch, int64_t image, int64_t channels,
+                 int64_t channel, int64_t width, Accumulate<T>* staging) {
+  const int64_t cells = branch.cells();
+  T* grad = static_cast<T*>(branch.grad) + image * channels * cells;
+  if (branch.channels_last) {
+    for (int64_t p = 0; p < cells; ++p) {
+      store_row(from + p * kChannelBlock, grad + p * channels + channel, width, branch.streamed);
+    }
+  } else {
+    transpose(from, kChannelBlock, staging, cells, cells, width);
+    store_row(staging, grad + channel * cells, width * cells, branch.streamed);
+  }
+}
+
+// The cells that one cell of the transformed map reads.
+template <typename Real>
+struct Source {
+  int64_t upper_left, upper_right, lower_left, lower_right;
+  Real y, x;
+  bool valid;
+};
+
+// T for one image.
+template <typename Real>
+struct Resampler {
+  std::unique_ptr<Source<Real>[]> sources;  // [cells of the transformed map]
+  int64_t cells;
+  int64_t valid;
+  bool between_rows, between_columns;
+
+  explicit Resampler(const CamTransformMse& p)
+      : sources(new Source<Real>[p.maps_t.cells()]),
+        cells(p.maps_t.cells()),
+        valid(0),
+        between_rows(p.geometry.affine || p.geometry.rows.fraction != 0),
+        between_columns(p.geometry.affine || p.geometry.columns.fraction != 0) {
+    locate(p, 0);
+  }
+
+  void locate(const CamTransformMse& p, int64_t image) {
+    valid = 0;
+    double matrix[6] = {};
+    if (p.geometry.affine) load_row(p.matrix, p.matrix_per_image ? image * 6 : 0, 6, matrix);
+    for (int64_t cell = 0; cell < cells; ++cell) {
+      const CellTaps<Real> taps = cell_taps<Real>(p.geometry, matrix, static_cast<int>(cell / p.maps_t.width),
+                                                  static_cast<int>(cell % p.maps_t.width));
+      const int64_t upper = taps.y.low * p.maps.width, lower = taps.y.high * p.maps.width;
+      sources[cell] = {upper + taps.x.low, upper + taps.x.high, lower + taps.x.low, lower + taps.x.high,
+                       taps.y.weight,      taps.x.weight,       taps.valid};
+      valid += taps.valid;
+    }
+  }
+
+  // T(F) at a cell, a vector of channels.
+  Vector<Real> read(const Cells<Real>& from, const Source<Real>& source, int64_t channel) const {
+    const Vector<Real> upper_left = load_vector(from.at(source.upper_left) + channel);
+    if (!between_rows && !between_columns) return upper_left;
+    const Vector<Real> upper =
+        between_columns ? resample(upper_left, load_vector(from.at(source.upper_right) + channel), source.x)
+                        : upper_left;
+    if (!between_rows) return upper;
+    const Vector<Real> lower_left = load_vector(from.at(source.lower_left) + channel);
+    const Vector<Real> lower =
+        between_columns ? resample(lower_left, load_vector(from.at(source.lower_right) + channel), source.x)
+                        : lower_left;
+    return resample(upper, lower, source.y);
+  }
+
+  static Vector<Real> resample(Vector<Real> low, Vector<Real> high, Real weight) {
+    return low + weight * (high - low);
+  }
+
+  // to[cell] = T(F) - F', 0 where a cell is not valid, of which a NaN must not reach the weight's gradient.
+  void difference(const Cells<Real>& maps, const Cells<Real>& maps_t, Real* to, int64_t stride,
+                  int64_t width) const {
+    constexpr int64_t kLanes = Lanes<Real>::kCount;
+    for (int64_t cell = 0; cell < cells; ++cell) {
+      const Source<Real>& source = sources[cell];
+      for (int64_t c = 0; c < width; c += kLanes) {
+        const Vector<Real> value =
+            source.valid ? read(maps, source, c) - load_vector(maps_t.at(cell) + c) : Vector<Real>{};
+        store_vector(to + cell * stride + c, value);
+      }
+    }
+  }
+
+  // to += transpose of T applied to `from`; rows of both are kChannelBlock apart.
+  void scatter(const Real* from, Real* to) const {
+    for (int64_t cell = 0; cell < cells; ++cell) {
+      const Source<Real>& source = sources[cell];
+      if (!source.valid) continue;
+      const Real* grad = from + cell * kChannelBlock;
+      const Real lower = between_rows ? source.y : Real(0), upper = Real(1) - lower;
+      const Real right = between_columns ? source.x : Real(0), left = Real(1) - right;
+      add(to, source.upper_left, grad, upper * left);
+      if (between_columns) add(to, source.upper_right, grad, upper * right);
+      if (between_rows) add(to, source.lower_left, grad, lower * left);
+      if (between_rows && between_columns) add(to, source.lower_right, grad, lower * right);
+    }
+  }
+
+  static void add(Real* to, int64_t cell, const Real* grad, Real weight) {
+    Real* row = to + cell * kChannelBlock;
+    for (int64_t c = 0; c < kChannelBlock; c += Lanes<Real>::kCount) {
+      store_vector(row + c, load_vector(row + c) + weight * load_vector(grad + c));
+    }
+  }
+};
+
+// Channels of which forward holds all cells at once, so that they stay in the second-level cache.
+inline int64_t forward_block(int64_t cells) {
+  constexpr int64_t kElements = 48 << 10;
+  const int64_t fit = kElements / cells / kChannelBlock * kChannelBlock;
+  return std::clamp(fit, kChannelBlock, 16 * kChannelBlock);
+}
+
+// Distance between rows of a block: not a multiple of a page, or all of them would fall into one cache set.
+inline int64_t padded(int64_t width) { return width + 16; }
+
+// Rows of the weight, channels [channel, channel + width), in place or in `staging`, [count][width].
+template <typename Real>
+Cells<Real> load_weight(const AnyArray& weight, int64_t channels, int64_t first, int64_t count,
+                        int64_t channel, int64_t width, Real* staging) {
+  if (weight.dtype == (sizeof(Real) == 8 ? DType::kDouble : DType::kFloat)) {
+    return {static_cast<const Real*>(weight.data) + first * channels + channel, channels};
+  }
+  for (int64_t l = 0; l < count; ++l) {
+    load_row(weight, (first + l) * channels + channel, width, staging + l * width);
+  }
+  return {staging, width};
+}
+
+// out[l, cell] = W D for classes [begin, end), of the D that `fill(channel, width, to, stride)` makes.
+template <typename T, typename Fill>
+void class_maps(const CamTransformMse& p, int64_t cells, int64_t begin, int64_t end, Accumulate<T>* out,
+                Fill&& fill) {
+  using Real = Accumulate<T>;
+  const int64_t most = std::min(forward_block(cells), p.channels);
+  const std::unique_ptr<Real[]> block(new Real[cells * padded(forward_block(cells))]);
+  const bool direct = p.weight.dtype == (sizeof(Real) == 8 ? DType::kDouble : DType::kFloat);
+  const std::unique_ptr<Real[]> rows(new Real[direct ? 0 : (end - begin) * most]);
+  for (int64_t channel = 0; channel < p.channels; channel += most) {
+    const int64_t width = std::min(most, p.channels - channel);
+    for (int64_t c = 0; c < width; c += kChannelBlock) {
+      fill(channel + c, std::min(kChannelBlock, width - c), block.get() + c, padded(most));
+    }
+    const Cells<Real> weight =
+        load_weight(p.weight, p.channels, begin, end - begin, channel, width, rows.get());
+    dots<Real>(weight.data, weight.stride, block.get(), padded(most), out, cells, 1, end - begin, cells,
+               width, nullptr, channel == 0);
+  }
+}
+
+// Raw maps of one branch.
+template <typename T>
+void branch_maps(const CamTransformMse& p, const Branch& branch, int64_t image, int64_t begin, int64_t end,
+                 Accumulate<T>* out) {
+  using Real = Accumulate<T>;
+  const int64_t cells = branch.cells();
+  const std::unique_ptr<Real[]> staging(new Real[2 * cells * kChannelBlock]);
+  class_maps<T>(p, cells, begin, end, out, [&](int64_t channel, int64_t width, Real* to, int64_t stride) {
+    const Cells<Real> rows = load_cells<T>(branch, image, p.channels, channel, width, staging.get(),
+                                           staging.get() + cells * kChannelBlock);
+    for (int64_t cell = 0; cell < cells; ++cell) {
+      std::memcpy(to + cell * stride, rows.at(cell), width * sizeof(Real));
+    }
+  });
+}
+
+// Two maps of as many classes as a vector has lanes, on a common grid: [cells] vectors each.
+template <typename Real>
+struct CommonGrid {
+  using Lane = Vector<Real>;
+  int64_t height, width, height_t, width_t;
+  bool nearest;
+  std::unique_ptr<Lane[]> maps, maps_t;            // values
+  std::unique_ptr<Lane[]> slope, slope_t;          // gradients, if wanted
+  std::unique_ptr<Lane[]> rows;                    // of bilinear: one row of both maps, and of both gradients
+  std::unique_ptr<Taps<Real>[]> across, across_t;  // of bilinear: what each column of the common grid reads
+
+  CommonGrid(const CamTransformMse& p, bool backward)
+      : height(p.maps.height),
+        width(p.maps.width),
+        height_t(p.maps_t.height),
+        width_t(p.maps_t.width),
+        nearest(p.comparison == Comparison::kNearest),
+        maps(new Lane[p.maps.cells()]),
+        maps_t(new Lane[p.maps_t.cells()]),
+        slope(backward ? new Lane[p.maps.cells()] : nullptr),
+        slope_t(backward ? new Lane[p.maps_t.cells()] : nullptr),
+        rows(nearest ? nullptr : new Lane[2 * (width + width_t)]) {
+    if (nearest) return;
+    const int64_t wide = std::lcm(width, width_t);
+    across.reset(new Taps<Real>[wide]);
+    across_t.reset(new Taps<Real>[wide]);
+    for (int64_t x = 0; x < wide; ++x) {
+      across[x] = fine_taps(x, width, wide);
+      across_t[x] = fine_taps(x, width_t, wide);
+    }
+  }
+
+  // One class in each lane; lanes without a class are 0.
+  static void gather(const Real* from, int64_t count, int64_t cells, Lane* to) {
+    std::fill_n(to, cells, Lane{});
+    for (int64_t l = 0; l < count; ++l) {
+      for (int64_t cell = 0; cell < cells; ++cell) to[cell][l] = from[l * cells + cell];
+    }
+  }
+  static void spread(const Lane* from, int64_t count, int64_t cells, Real* to) {
+    for (int64_t l = 0; l < count; ++l) {
+      for (int64_t cell = 0; cell < cells; ++cell) to[l * cells + cell] = from[cell][l];
+    }
+  }
+
+  // Squared differences of `count` classes, each summed over the common grid and divided by its cells.
+  void means(int64_t count, Real* to) {
+    double sums[Lanes<Real>::kCount] = {};
+    const auto add = [&](Lane part) {
+      for (int l = 0; l < Lanes<Real>::kCount; ++l) sums[l] += static_cast<double>(part[l]);
+    };
+    if (nearest) {
+      walk_overlaps([&](int64_t cell, int64_t cell_t, Real area) {
+        const Lane difference = maps[cell] - maps_t[cell_t];
+        add(area * difference * difference);
+      });
+    } else {
+      walk_rows(add, false, Lane{});
+    }
+    for (int64_t l = 0; l < count; ++l) to[l] = static_cast<Real>(sums[l]);
+  }
+
+  // Gradients of both maps, `scale` being twice that of each class's mean.
+  void slopes(Lane scale) {
+    std::fill_n(slope.get(), height * width, Lane{});
+    std::fill_n(slope_t.get(), height_t * width_t, Lane{});
+    if (nearest) {
+      walk_overlaps([&](int64_t cell, int64_t cell_t, Real area) {
+        const Lane part = area * scale * (maps[cell] - maps_t[cell_t]);
+        slope[cell] += part;
+        slope_t[cell_t] -= part;
+      });
+    } else {
+      walk_rows([](Lane) {}, true, scale);
+    }
+  }
+
+ private:
+  // Calls visit(cell, cell_t, their common area as a share of the whole).
+  template <typename Visit>
+  void walk_overlaps(Visit&& visit) const {
+    const double whole = static_cast<double>(height * height_t) * static_cast<double>(width * width_t);
+    for (int64_t i = 0; i < height; ++i) {
+      for (int64_t u = first_overlap(i, height, height_t); u <= last_overlap(i, height, height_t); ++u) {
+        const double tall = static_cast<double>(overlap(i, height, u, height_t));
+        for (int64_t j = 0; j < width; ++j) {
+          for (int64_t v = first_overlap(j, width, width_t); v <= last_overlap(j, width, width_t); ++v) {
+            const double area = tall * static_cast<double>(overlap(j, width, v, width_t)) / whole;
+            visit(i * width + j, u * width_t + v, static_cast<Real>(area));
+          }
+        }
+      }
+    }
+  }
+
+  static void interpolate_row(const Lane* map, int64_t width, const Taps<Real>& y, Lane* row) {
+    for (int64_t j = 0; j < width; ++j) {
+      const Lane upper = map[y.low * width + j];
+      row[j] = upper + y.weight * (map[y.high * width + j] - upper);
+    }
+  }
+  static Lane interpolate(const Lane* row, const Taps<Real>& x) {
+    return row[x.low] + x.weight * (row[x.high] - row[x.low]);
+  }
+  static void share(Lane* to, int64_t low, int64_t high, Real weight, Lane value) {
+    to[low] += (Real(1) - weight) * value;
+    to[high] += weight * value;
+  }
+  static void share_row(const Lane* row, int64_t width, const Taps<Real>& y, Lane* map) {
+    for (int64_t j = 0; j < width; ++j) {
+      share(map + j, y.low * width, y.high * width, y.weight, row[j]);
+    }
+  }
+
+  // Row by row over the common grid, of which nothing is stored. Calls visit(sum of a row's squared
+  // differences over the number of cells of the grid); with `backward` adds to the slopes.
+  template <typename Visit>
+  void walk_rows(Visit&& visit, bool backward, Lane scale) {
+    const int64_t tall = std::lcm(height, height_t), wide = std::lcm(width, width_t);
+    const Real share_of_one = static_cast<Real>(1 / (static_cast<double>(tall) * static_cast<double>(wide)));
+    Lane* row = rows.get();
+    Lane* row_t = row + width;
+    Lane* grad = row_t + width_t;
+    Lane* grad_t = grad + width;
+    for (int64_t y = 0; y < tall; ++y) {
+      const Taps<Real> at = fine_taps(y, height, tall), at_t = fine_taps(y, height_t, tall);
+      interpolate_row(maps.get(), width, at, row);
+      interpolate_row(maps_t.get(), width_t, at_t, row_t);
+      if (backward) std::fill_n(grad, width + width_t, Lane{});
+      Lane sum = {};
+      for (int64_t x = 0; x < wide; ++x) {
+        const Lane difference = interpolate(row, across[x]) - interpolate(row_t, across_t[x]);
+        if (backward) {
+          const Lane part = share_of_one * scale * difference;
+          share(grad, across[x].low, across[x].high, across[x].weight, part);
+          share(grad_t, across_t[x].low, across_t[x].high, across_t[x].weight, -part);
+        } else {
+          sum += difference * difference;
+        }
+      }
+      if (backward) {
+        share_row(grad, width, at, slope.get());
+        share_row(grad_t, width_t, at_t, slope_t.get());
+      } else {
+        visit(share_of_one * sum);
+      }
+    }
+  }
+  static Taps<Real> fine_taps(int64_t index, int64_t size, int64_t fine) {
+    return source_taps(index, resample_scale<Real>(size, fine), static_cast<int>(size), false);
+  }
+};
+
+template <typename T>
+void fwd_one_grid(const CamTransformMse& p, int64_t image, int64_t begin, int64_t end, Accumulate<T>* maps) {
+  using Real = Accumulate<T>;
+  const int64_t cells = p.maps.cells(), cells_t = p.maps_t.cells();
+  Resampler<Real> resampler(p);
+  if (p.matrix_per_image) resampler.locate(p, image);
+  const std::unique_ptr<Real[]> staging(new Real[2 * (cells + cells_t) * kChannelBlock]);
+  Real* first = staging.get();
+  Real* second = first + 2 * cells * kChannelBlock;
+  class_maps<T>(p, cells_t, begin, end, maps, [&](int64_t channel, int64_t width, Real* to, int64_t stride) {
+    const Cells<Real> rows =
+        load_cells<T>(p.maps, image, p.channels, channel, width, first, first + cells * kChannelBlock);
+    const Cells<Real> rows_t =
+        load_cells<T>(p.maps_t, image, p.channels, channel, width, second, second + cells_t * kChannelBlock);
+    resampler.difference(rows, rows_t, to, stride, width);
+  });
+  for (int64_t l = 0; l < end - begin; ++l) {
+    double sum = 0;
+    for (int64_t cell = 0; cell < cells_t; ++cell) {
+      const Real difference = maps[l * cells_t + cell];
+      sum += static_cast<double>(difference) * static_cast<double>(difference);
+    }
+    const double count = static_cast<double>(std::max<int64_t>(resampler.valid, 1));
+    static_cast<Real*>(p.means)[image * p.classes + begin + l] = static_cast<Real>(sum / count);
+  }
+}
+
+template <typename T>
+void fwd_common_grid(const CamTransformMse& p, int64_t image, int64_t begin, int64_t end, Accumulate<T>* maps,
+                     Accumulate<T>* maps_t) {
+  using Real = Accumulate<T>;
+  constexpr int64_t kLanes = Lanes<Real>::kCount;
+  branch_maps<T>(p, p.maps, image, begin, end, maps);
+  branch_maps<T>(p, p.maps_t, image, begin, end, maps_t);
+  CommonGrid<Real> grid(p, false);
+  for (int64_t l = begin; l < end; l += kLanes) {
+    const int64_t count = std::min(kLanes, end - l);
+    grid.gather(maps + (l - begin) * p.maps.cells(), count, p.maps.cells(), grid.maps.get());
+    grid.gather(maps_t + (l - begin) * p.maps_t.cells(), count, p.maps_t.cells(), grid.maps_t.get());
+    grid.means(count, static_cast<Real*>(p.means) + image * p.classes + l);
+  }
+}
+
+template <typename T>
+void cam_transform_mse_fwd(const CamTransformMse& p, int64_t image, int64_t begin, int64_t end) {
+  using Real = Accumulate<T>;
+  const int64_t cells = p.maps.cells(), cells_t = p.maps_t.cells(), count = end - begin;
+  const bool one_grid = p.comparison == Comparison::kOneGrid;
+  const bool keep_first = !one_grid && p.larger_is_first();
+  const std::unique_ptr<Real[]> maps(new Real[one_grid || (keep_first && p.kept) ? 0 : count * cells]);
+  const std::unique_ptr<Real[]> maps_t(new Real[!keep_first && p.kept ? 0 : count * cells_t]);
+  Real* kept = static_cast<Real*>(p.kept);
+  if (kept != nullptr) kept += (image * p.classes + begin) * (keep_first ? cells : cells_t);
+  Real* first = keep_first && kept ? kept : maps.get();
+  Real* second = !keep_first && kept ? kept : maps_t.get();
+  if (one_grid) {
+    fwd_one_grid<T>(p, image, begin, end, second);
+  } else {
+    fwd_common_grid<T>(p, image, begin, end, first, second);
+  }
+}
+
+template <typename T>
+void cam_transform_mse_slopes(const CamTransformMse& p, int64_t first_image, int64_t image, int64_t begin,
+                              int64_t end) {
+  using Real = Accumulate<T>;
+  constexpr int64_t kLanes = Lanes<Real>::kCount;
+  const bool keep_first = p.larger_is_first();
+  const Branch& missing = keep_first ? p.maps_t : p.maps;
+  const int64_t cells = p.maps.cells(), cells_t = p.maps_t.cells();
+  const std::unique_ptr<Real[]> computed(new Real[(end - begin) * missing.cells()]);
+  branch_maps<T>(p, missing, image, begin, end, computed.get());
+  const Real* kept =
+      static_cast<const Real*>(p.kept) + (image * p.classes + begin) * std::max(cells, cells_t);
+  const Real* maps = keep_first ? kept : computed.get();
+  const Real* maps_t = keep_first ? computed.get() : kept;
+  const int64_t row = (image - first_image) * p.classes;
+  CommonGrid<Real> grid(p, true);
+  for (int64_t l = begin; l < end; l += kLanes) {
+    const int64_t count = std::min(kLanes, end - l);
+    grid.gather(maps + (l - begin) * cells, count, cells, grid.maps.get());
+    grid.gather(maps_t + (l - begin) * cells_t, count, cells_t, grid.maps_t.get());
+    Vector<Real> scale = {};
+    for (int64_t k = 0; k < count; ++k) {
+      scale[k] = 2 * static_cast<const Real*>(p.grad_means)[image * p.classes + l + k];
+    }
+    grid.slopes(scale);
+    grid.spread(grid.slope.get(), count, cells, static_cast<Real*>(p.slope) + (row + l) * cells);
+    grid.spread(grid.slope_t.get(), count, cells_t, static_cast<Real*>(p.slope_t) + (row + l) * cells_t);
+  }
+}
+
+// Classes whose weights, [classes][kChannelBlock], stay in the second-level cache.
+constexpr int64_t kClassBlock = 256;
+
+// Gradients that flow through maps of one grid, for a block of channels.
+template <typename T>
+class ChannelGradients {
+ public:
+  using Real = Accumulate<T>;
+
+  ChannelGradients(const CamTransformMse& p, int64_t begin, int64_t end)
+      : p_(p),
+        begin_(begin),
+        width_(end - begin),
+        padded_width_((width_ + kLanes - 1) / kLanes * kLanes),
+        weight_(new Real[std::min(kClassBlock, p.classes) * kChannelBlock]()),
+        sums_(new Real[p.grad_weight == nullptr ? 0 : p.classes * kChannelBlock]()) {}
+
+  // For slopes [L][cells], times factors [L]: adds product(slopes, values) to the weight's gradient, if that
+  // and `values`, rows of channels, are given, and writes W^T slopes to `to`, [cells][kChannelBlock], if
+  // given.
+  void add(const Real* slopes, const Real* factors, int64_t cells, const Cells<Real>& values, Real* to) {
+    for (int64_t first = 0; first < p_.classes; first += kClassBlock) {
+      const int64_t count = std::min(kClassBlock, p_.classes - first);
+      const Real* rows = slopes + first * cells;
+      const Real* scales = factors == nullptr ? nullptr : factors + first;
+      if (to != nullptr) {
+        for (int64_t l = 0; l < count; ++l) {
+          Real* row = weight_.get() + l * kChannelBlock;
+          load_row(p_.weight, (first + l) * p_.channels + begin_, width_, row);
+          if (scales == nullptr) continue;
+          for (int64_t c = 0; c < width_; ++c) row[c] *= scales[l];
+        }
+        product<Real>({rows, 1, cells}, weight_.get(), kChannelBlock, to, kChannelBlock, cells, count,
+                      padded_width_, nullptr, first == 0);
+      }
+      if (p_.grad_weight != nullptr && values.data != nullptr) {
+        product<Real>({rows, cells, 1}, values.data, values.stride, sums_.get() + first * kChannelBlock,
+                      kChannelBlock, count, cells, padded_width_, scales, false);
+      }
+    }
+  }
+
+  // Adds what came together to the weight's gradient.
+  void finish() {
+    if (p_.grad_weight == nullptr) return;
+    for (int64_t l = 0; l < p_.classes; ++l) {
+      Real* to = static_cast<Real*>(p_.grad_weight) + l * p_.channels + begin_;
+      for (int64_t c = 0; c < width_; ++c) to[c] += sums_[l * kChannelBlock + c];
+    }
+  }
+
+ private:
+  static constexpr int64_t kLanes = Lanes<Real>::kCount;
+  const CamTransformMse& p_;
+  const int64_t begin_, width_, padded_width_;
+  const std::unique_ptr<Real[]> weight_;  // [classes of a block][kChannelBlock]
+  const std::unique_ptr<Real[]> sums_;    // [L][kChannelBlock]
+};
+
+// Gradients of channels [begin, end), at most kChannelBlock: what one thread sums up no other touches.
+template <typename T>
+void cam_transform_mse_bwd(const CamTransformMse& p, int64_t image_begin, int64_t image_end, int64_t begin,
+                           int64_t end) {
+  using Real = Accumulate<T>;
+  const int64_t width = end - begin, cells = p.maps.cells(), cells_t = p.maps_t.cells();
+  const int64_t block = cells * kChannelBlock, block_t = cells_t * kChannelBlock;
+  const bool one_grid = p.comparison == Comparison::kOneGrid;
+  const bool need_maps = p.maps.grad != nullptr, need_maps_t = p.maps_t.grad != nullptr;
+  const bool need_weight = p.grad_weight != nullptr;
+  // Zeroed: lanes past the last channel take part in the arithmetic.
+  const std::unique_ptr<Real[]> scratch(new Real[3 * block + 4 * block_t]());
+  Real* rows_in = scratch.get();
+  Real* staging = rows_in + block;
+  Real* grad = staging + block;
+  Real* rows_in_t = grad + block;
+  Real* staging_t = rows_in_t + block_t;
+  Real* grad_t = staging_t + block_t;
+  Real* difference = grad_t + block_t;
+  const std::unique_ptr<Real[]> factors(new Real[p.classes]);
+  ChannelGradients<T> gradients(p, begin, end);
+  Resampler<Real> resampler(p);
+
+  for (int64_t image = image_begin; image < image_end; ++image) {
+    Cells<Real> rows{}, rows_t{};
+    if (need_weight) {
+      rows = load_cells<T>(p.maps, image, p.channels, begin, width, rows_in, staging);
+      rows_t = load_cells<T>(p.maps_t, image, p.channels, begin, width, rows_in_t, staging_t);
+    }
+    if (one_grid) {
+      if (p.matrix_per_image) resampler.locate(p, image);
+      const Real* means = static_cast<const Real*>(p.grad_means) + image * p.classes;
+      const Real scale = Real(2) / static_cast<Real>(std::max<int64_t>(resampler.valid, 1));
+      for (int64_t l = 0; l < p.classes; ++l) factors[l] = scale * means[l];
+      if (need_weight) resampler.difference(rows, rows_t, difference, kChannelBlock, width);
+      const Real* kept = static_cast<const Real*>(p.kept) + image * p.classes * cells_t;
+      gradients.add(kept, factors.get(), cells_t, {difference, kChannelBlock},
+                    need_maps || need_maps_t ? grad_t : nullptr);
+      if (need_maps) {
+        std::fill_n(grad, block, Real(0));
+        resampler.scatter(grad_t, grad);
+      }
+      if (need_maps_t) {
+        for (int64_t i = 0; i < block_t; ++i) grad_t[i] = -grad_t[i];
+      }
+    } else {
+      const int64_t at = (image - image_begin) * p.classes;
+      gradients.add(static_cast<const Real*>(p.slope) + at * cells, nullptr, cells, rows,
+                    need_maps ? grad : nullptr);
+      gradients.add(static_cast<const Real*>(p.slope_t) + at * cells_t, nullptr, cells_t, rows_t,
+                    need_maps_t ? grad_t : nullptr);
+    }
+    if (need_maps) store_cells<T>(grad, p.maps, image, p.channels, begin, width, staging);
+    if (need_maps_t) store_cells<T>(grad_t, p.maps_t, image, p.channels, begin, width, staging_t);
+  }
+  gradients.finish();
+  finish_streams();
+}
+
+}  // namespace
+}  // namespace camkernels::cpu
