@@ -13,6 +13,7 @@ from torch import Tensor
 from camkernels import fused_cam_erase
 from camkernels.reference import cam, cam_erase
 
+TINY = {"id": "tiny", "N": 2, "C": 8, "HW": [2, 2], "L": 4, "image": [8, 8], "threshold": 0.7}
 SHARPNESS = 20.0  # of the soft gate
 # Half-width of the band around the threshold, in units of the map, in which float32 may decide either way.
 BAND = 64 * torch.finfo(torch.float32).eps
@@ -110,9 +111,10 @@ def _assert_masked(name: str, ours: Tensor, source: Tensor, distance: Tensor) ->
 
 OP = harness.Op(
     name="fused_cam_erase",
-    variants=("hard", "soft"),
-    tiny={"id": "tiny", "N": 2, "C": 8, "HW": [2, 2], "L": 4, "image": [8, 8], "threshold": 0.7},
+    variants=lambda row: ("hard", "soft"),
+    tiny=lambda variant: TINY,
     reference=cam_erase,
+    eager=cam_erase,
     fused=fused_cam_erase,
     make=make,
     cost=cost,

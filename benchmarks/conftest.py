@@ -13,7 +13,7 @@ import schema
 import torch
 
 RESULTS = pytest.StashKey[dict[str, list[schema.Row]]]()
-PROVIDERS = ("eager", "compile", "compile-max-autotune", "camkernels")
+PROVIDERS = ("eager", "compile", "compile-max-autotune", "camkernels", "released")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,7 +43,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         op = metafunc.module.OP
         rows = harness.workload_rows(op.name, metafunc.config.getoption("rows"))
-        pairs = [(op, row, variant) for row in rows for variant in op.variants]
+        pairs = [(op, row, variant) for row in rows for variant in op.variants(row)]
         names = [f"{row['id']}-{variant}" for _, row, variant in pairs]
         metafunc.parametrize("case", pairs, ids=names, indirect=True, scope="session")
         metafunc.parametrize("direction", harness.DIRECTIONS)
@@ -96,11 +96,12 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     for op, rows in config.stash.get(RESULTS, {}).items():
         terminalreporter.section(op)
         for row in rows:
+            allowed = (row.result_bytes + row.kept_bytes) / 2**20
             peak = "-" if row.peak_extra_bytes is None else f"{row.peak_extra_bytes / 2**20:.1f}"
             terminalreporter.write_line(
-                f"{row.id:16} {row.variant:6} {row.direction:17} {row.provider:21} {row.backend:10} "
+                f"{row.id:16} {row.variant:8} {row.direction:17} {row.provider:21} {row.backend:10} "
                 f"N {row.shape['N']:4} {row.seconds * 1e3:9.3f} ms "
                 f"{row.seconds / row.floor_seconds:6.2f} x floor "
-                f"peak {peak:>8} of {row.result_bytes / 2**20:.1f} MiB  launches {row.launches or '-':>4} "
+                f"peak {peak:>8} of {allowed:.1f} MiB  launches {row.launches or '-':>4} "
                 f"host {row.host_seconds * 1e6:7.1f} us  copy {row.copy_bytes_per_second / 1e9:.1f} GB/s"
             )

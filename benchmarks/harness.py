@@ -22,6 +22,7 @@ WORKLOADS = Path(__file__).with_name("workloads.json")
 DIRECTIONS = ("forward", "forward+backward")
 WorkloadRow = Mapping[str, Any]  # of workloads.json
 Tensors = tuple[Tensor, ...]
+Function = Callable[..., Tensor | Tensors]
 WARM_UP = 3  # calls; a CUDA graph is recorded by the second
 MIN_ROUNDS, MAX_ROUNDS = 7, 60
 
@@ -49,15 +50,20 @@ class Op:
     """What a ``bench_<op>.py`` says about its op."""
 
     name: str
-    variants: tuple[str, ...]
-    tiny: WorkloadRow  # its arithmetic takes no time
-    reference: Callable[..., Tensors]  # the op in plain PyTorch, called as a user would
-    fused: Callable[..., Tensors]  # the op of camkernels
+    variants: Callable[[WorkloadRow], tuple[str, ...]]  # of a row
+    tiny: Callable[[str], WorkloadRow]  # for a variant, a row whose arithmetic takes no time
+    reference: Function  # the definition; in float64 it is the truth
+    eager: Function  # in plain PyTorch as a user would write it; the reference, where it is written so
+    fused: Function  # the op of camkernels
     make: Callable[[WorkloadRow, str, torch.dtype, torch.Generator], Inputs]
     cost: Callable[[WorkloadRow, str, torch.dtype, str], measure.Cost]  # of "forward", of "backward" alone
     # Raises AssertionError where results (outputs, then gradients) are wronger than they may be, given
     # (inputs, results, those of eager, those in float64).
     check: Callable[[Inputs, Tensors, Tensors, Tensors], None]
+    # What backward may keep besides inputs and outputs: added to what memory is judged by.
+    kept_bytes: Callable[[WorkloadRow], int] = lambda row: 0
+    # How the code that came with the paper does it, for a row and variant; None where it does not fit.
+    released: Callable[[WorkloadRow, str], Function | None] = lambda row, variant: None
 
 
 def workload_rows(op: str, selection: str) -> list[dict[str, Any]]:
@@ -81,13 +87,14 @@ def _distance(tensor: Tensor, truth: Tensor) -> float:
 @dataclass(frozen=True)
 class Provider:
     name: str
-    function: Callable[..., Tensors]
+    function: Function
     graphs: bool = False  # replays CUDA graphs, whose results the next call overwrites
 
     def __call__(self, inputs: Inputs, direction: str) -> Tensors:
         if self.graphs:
             torch.compiler.cudagraph_mark_step_begin()
-        outputs = tuple(self.function(*inputs.args, **inputs.options))
+        found = self.function(*inputs.args, **inputs.options)
+        outputs = (found,) if isinstance(found, Tensor) else tuple(found)
         if direction == "forward":
             return outputs
         return outputs + torch.autograd.grad(
@@ -95,13 +102,18 @@ class Provider:
         )
 
 
-def providers(op: Op, device: torch.device, wanted: set[str]) -> list[Provider]:
-    offered = [Provider("eager", op.reference), Provider("camkernels", op.fused)]
+def providers(
+    op: Op, row: WorkloadRow, variant: str, device: torch.device, wanted: set[str]
+) -> list[Provider]:
+    offered = [Provider("eager", op.eager), Provider("camkernels", op.fused)]
     if "compile" in wanted:
-        offered.insert(1, Provider("compile", torch.compile(op.reference, fullgraph=True, dynamic=False)))
+        offered.insert(1, Provider("compile", torch.compile(op.eager, fullgraph=True, dynamic=False)))
     if "compile-max-autotune" in wanted and device.type == "cuda":
-        tuned = torch.compile(op.reference, fullgraph=True, dynamic=False, mode="max-autotune")
+        tuned = torch.compile(op.eager, fullgraph=True, dynamic=False, mode="max-autotune")
         offered.insert(2, Provider("compile-max-autotune", tuned, graphs=True))
+    released = op.released(row, variant)
+    if released is not None:
+        offered.append(Provider("released", released))
     return [provider for provider in offered if provider.name in wanted]
 
 
@@ -136,12 +148,13 @@ class Session:
         On the CPU this is the only host time that can be told from the arithmetic. Forgets what is compiled.
         """
         if (op.name, variant) not in self.host:
-            inputs = self.inputs(op, op.tiny, variant, seed=0)
+            row = op.tiny(variant)
+            inputs = self.inputs(op, row, variant, seed=0)
             self.host[op.name, variant] = {
                 (direction, provider.name): measure.host_seconds(
                     partial(provider, inputs, direction), self.device, calls=300
                 )
-                for provider in providers(op, self.device, self.wanted)
+                for provider in providers(op, row, variant, self.device, self.wanted)
                 for direction in DIRECTIONS
             }
             torch.compiler.reset()
@@ -160,7 +173,7 @@ class Case:
         self.row = {**row, "N": images}
         on_cpu = session.device.type == "cpu"
         self.tiny_host_seconds = session.tiny_host_seconds(op, variant) if on_cpu else {}
-        self.providers = providers(op, session.device, session.wanted)
+        self.providers = providers(op, self.row, variant, session.device, session.wanted)
         first = session.inputs(op, self.row, variant, seed=1)
         set_bytes = measure.tensor_bytes(first.args + first.grads)
         count = measure.input_sets(set_bytes, measure.last_level_cache(session.device))
@@ -169,11 +182,9 @@ class Case:
 
     def _check(self) -> None:
         inputs, direction = self.sets[0], DIRECTIONS[1]
-        wide = inputs.double()
-        truth = self.op.reference(*wide.args, **wide.options)
-        truth = truth + torch.autograd.grad(truth, [wide.args[i] for i in wide.differentiable], wide.grads)
+        truth = Provider("reference", self.op.reference)(inputs.double(), direction)
         truth = tuple(tensor.detach() for tensor in truth)
-        eager = tuple(tensor.detach() for tensor in Provider("eager", self.op.reference)(inputs, direction))
+        eager = tuple(tensor.detach() for tensor in Provider("eager", self.op.eager)(inputs, direction))
         for provider in self.providers:
             # A later call, too: only then CUDA graphs are replayed.
             for _ in range(3 if provider.graphs else 1):
@@ -267,6 +278,7 @@ def run_case(benchmark: BenchmarkFixture, case: Case, direction: str) -> list[Ro
                 rounds=len(seconds),
                 peak_extra_bytes=None if provider.graphs else measure.peak_extra_bytes(once, device, events),
                 result_bytes=result_bytes,
+                kept_bytes=case.op.kept_bytes(case.row),
                 launches=measure.launches(events, device),
                 host_seconds=host_seconds,
                 floor_bytes=cost.bytes,

@@ -9,7 +9,7 @@ computed by ``report.py``.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,13 @@ class Row:
     floor_seconds: float
     floor_bound: str  # "bytes" or "flops"
     copy_bytes_per_second: float  # measured between this row's rounds
+    kept_bytes: int = 0  # what backward may keep besides inputs and outputs; not in files of camkernels 0.1.0
 
 
 def load(path: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(path.read_text())
     if content.get("schema") != SCHEMA:
         raise ValueError(f"{path.name}: schema is {content.get('schema')!r}; this report reads {SCHEMA}")
+    for run in content["runs"].values():
+        run["rows"] = [asdict(Row(**row)) for row in run["rows"]]
     return content

@@ -14,6 +14,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import bench_cam_erase  # noqa: E402
+import bench_cam_transform_mse  # noqa: E402
 import harness  # noqa: E402
 import measure  # noqa: E402
 import report  # noqa: E402
@@ -22,6 +23,11 @@ import schema  # noqa: E402
 
 CPU = torch.device("cpu")
 ROW = {"id": "toy", "N": 3, "C": 4, "HW": [5, 6], "L": 7, "image": [11, 12], "threshold": 0.7}
+PAIRS = [
+    {"id": "toy", "N": 3, "C": 4, "HW": [5, 6], "HW_t": [4, 9], "L": 7, "transform": transform}
+    for transform in ("HorizontalFlip", "Affine", "Scale")
+]
+PAIR_VARIANTS = [(row, variant) for row in PAIRS for variant in bench_cam_transform_mse.variants(row)]
 
 
 def test_floor_is_the_longer_of_bytes_and_flops():
@@ -84,23 +90,76 @@ def test_cost_of_cam_erase_counts_its_tensors(variant):
     assert backward == measure.Cost(read + written, 3 * 3 * 5 * 6 * 4)
 
 
-@pytest.mark.parametrize("variant", ["hard", "soft"])
-@pytest.mark.parametrize("index", range(5))
-def test_a_wrong_result_is_refused(variant, index):
-    inputs = bench_cam_erase.make(ROW, variant, torch.float32, torch.Generator().manual_seed(0))
-    eager = harness.Provider("eager", bench_cam_erase.OP.reference)
+@pytest.mark.parametrize("row, variant", PAIR_VARIANTS)
+def test_cost_of_cam_transform_mse_counts_its_tensors(row, variant):
+    bench = bench_cam_transform_mse
+    inputs = bench.make(row, variant, torch.float32, torch.Generator().manual_seed(0))
+    read = measure.tensor_bytes([*inputs.args, *inputs.grads])  # the loss is as large as its gradient
+    if variant == "affine":
+        read += measure.tensor_bytes([inputs.options["transform"].matrix])
+    product = 2 * 3 * 7 * 4 * (5 * 6 + 4 * 9 if row["transform"] == "Scale" else 5 * 6)
+    assert bench.cost(row, variant, torch.float32, "forward") == measure.Cost(read, product)
+    written = measure.tensor_bytes(inputs.args)
+    assert bench.cost(row, variant, torch.float32, "backward") == measure.Cost(read + written, 2 * product)
+
+
+@pytest.mark.parametrize("row, variant", PAIR_VARIANTS)
+def test_kept_bytes_are_what_the_op_keeps(row, variant):
+    inputs = bench_cam_transform_mse.make(row, variant, torch.float32, torch.Generator().manual_seed(0))
+    features, features_t, weight = (tensor.to("meta") for tensor in inputs.args)
+    comparison = {"nearest": 1, "bilinear": 2}.get(variant, 0)
+    _, kept = torch.ops.camkernels.cam_transform_mse_fwd(
+        features, features_t, weight, None, [], [], comparison, True, "auto"
+    )
+    assert bench_cam_transform_mse.kept_bytes(row) == measure.tensor_bytes([kept])
+
+
+@pytest.mark.parametrize("row, variant", PAIR_VARIANTS)
+@pytest.mark.parametrize("form", ["eager", "released"])
+def test_forms_of_cam_transform_mse_are_its_definition(row, variant, form):
+    inputs = bench_cam_transform_mse.make(row, variant, torch.float32, torch.Generator().manual_seed(0))
+    inputs = inputs.double()
+    truth = harness.Provider("reference", bench_cam_transform_mse.OP.reference)(inputs, "forward+backward")
+    provider = harness.Provider(form, getattr(bench_cam_transform_mse, form))
+    for found, true in zip(provider(inputs, "forward+backward"), truth, strict=True):
+        torch.testing.assert_close(found, true, rtol=1e-12, atol=1e-12)
+
+
+def test_the_released_form_is_offered_where_its_product_fits():
+    rows = harness.workload_rows("fused_cam_transform_mse", "all")
+    offered = {
+        (row["id"], variant)
+        for row in rows
+        for variant in bench_cam_transform_mse.variants(row)
+        if bench_cam_transform_mse.released_where_it_fits(row, variant) is not None
+    }
+    flips = {("smoke-flip", "flip"), ("wider-flip", "flip"), ("pa100k-flip", "flip")}
+    assert offered == {*flips, ("wider-scale", "nearest")}
+
+
+@pytest.mark.parametrize(
+    "bench, row, variant, index",
+    [(bench_cam_erase, ROW, variant, index) for variant in ("hard", "soft") for index in range(5)]
+    + [
+        (bench_cam_transform_mse, row, variant, index) for row, variant in PAIR_VARIANTS for index in range(4)
+    ],
+)
+def test_a_wrong_result_is_refused(bench, row, variant, index):
+    inputs = bench.make(row, variant, torch.float32, torch.Generator().manual_seed(0))
+    eager = harness.Provider("eager", bench.OP.eager)
     found = tuple(each.detach() for each in eager(inputs, "forward+backward"))
-    truth = tuple(each.detach() for each in eager(inputs.double(), "forward+backward"))
-    bench_cam_erase.check(inputs, found, found, truth)
+    reference = harness.Provider("reference", bench.OP.reference)
+    truth = tuple(each.detach() for each in reference(inputs.double(), "forward+backward"))
+    bench.check(inputs, found, found, truth)
     wrong = list(found)
     wrong[index] = wrong[index] + 1e-3
     with pytest.raises(AssertionError):
-        bench_cam_erase.check(inputs, tuple(wrong), found, truth)
+        bench.check(inputs, tuple(wrong), found, truth)
 
 
-def run_toy(folder: Path) -> Path:
-    command = [sys.executable, "-m", "pytest", "-q", str(BENCHMARKS / "bench_cam_erase.py")]
-    command += ["--rows", "smoke", "--max-images", "2", "--seconds", "0", "--providers", "eager,camkernels"]
+def run_toy(bench: str, folder: Path, providers: str) -> Path:
+    command = [sys.executable, "-m", "pytest", "-q", str(BENCHMARKS / f"{bench}.py")]
+    command += ["--rows", "smoke", "--max-images", "2", "--seconds", "0", "--providers", providers]
     # A worker of xdist names itself in the environment, where pytest-benchmark would take this run for one.
     alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     subprocess.run([*command, "--results", str(folder)], check=True, cwd=BENCHMARKS.parent, env=alone)
@@ -108,23 +167,33 @@ def run_toy(folder: Path) -> Path:
     return path
 
 
-def test_a_tiny_run_gives_rows_that_the_report_reads(tmp_path):
-    content = json.loads(run_toy(tmp_path / "results").read_text())
-    rows = content["runs"]["fused_cam_erase"]["rows"]
+@pytest.mark.parametrize(
+    "bench, variants, providers, images",
+    [
+        ("bench_cam_erase", ("hard", "soft"), ("eager", "camkernels"), 32),
+        ("bench_cam_transform_mse", ("flip",), ("eager", "camkernels", "released"), 16),
+    ],
+)
+def test_a_tiny_run_gives_rows_that_the_report_reads(tmp_path, bench, variants, providers, images):
+    content = json.loads(run_toy(bench, tmp_path / "results", ",".join(providers)).read_text())
+    (run,) = content["runs"].values()
+    rows = run["rows"]
     fields = {field.name for field in dataclasses.fields(schema.Row)}
     assert all(set(row) == fields for row in rows)
     assert {(row["variant"], row["direction"], row["provider"]) for row in rows} == {
         (variant, direction, provider)
-        for variant in ("hard", "soft")
+        for variant in variants
         for direction in harness.DIRECTIONS
-        for provider in ("eager", "camkernels")
+        for provider in providers
     }
     for row in rows:
         assert row["shape"]["N"] == 2
-        assert row["full_images"] == 32
+        assert row["full_images"] == images
         assert row["peak_extra_bytes"] >= row["result_bytes"] > 0
     page = write_report(tmp_path)
-    assert all(f"| {row['id']} | 2 (of 32) | {row['variant']} | {row['direction']} |" in page for row in rows)
+    assert all(
+        f"| {row['id']} | 2 (of {images}) | {row['variant']} | {row['direction']} |" in page for row in rows
+    )
 
 
 def synthetic_row(provider: str, **changes: object) -> dict[str, object]:
@@ -184,6 +253,43 @@ def test_on_a_gpu_max_autotune_is_the_one_to_beat():
     assert verdicts["faster"].measured == "0.91 x faster than compile-max-autotune"
 
 
+def test_memory_allows_for_what_backward_may_keep():
+    assert judged(peak_extra_bytes=140, kept_bytes=40)["memory"]
+    assert not judged(peak_extra_bytes=150, kept_bytes=40)["memory"]
+
+
+@pytest.mark.parametrize("row, wanted", [("wider-flip", 1.3), ("coco-flip", 1.8), ("wider-scale", 2.5)])
+def test_speed_up_wanted_of_forward_and_backward_on_the_cpu(row, wanted):
+    def met(speed_up: float, device: str = "cpu", **changes: object) -> bool | None:
+        common = {"id": row, "direction": "forward+backward", **changes}
+        rows = [synthetic_row("compile", **common, seconds=0.004)]
+        rows += [synthetic_row("camkernels", **common, seconds=0.004 / speed_up)]
+        measured = report.measurements("fused_cam_transform_mse", device, rows)
+        verdicts = {verdict.target: verdict.met for verdict in report.judge(measured)}
+        return verdicts.get("speed-up")
+
+    assert met(wanted + 0.01) is True
+    assert met(wanted - 0.01) is False
+    assert met(wanted, device="cuda") is None
+    assert met(wanted, direction="forward") is None
+    assert met(wanted, id="coco-affine") is None
+
+
+def test_every_row_with_a_wanted_speed_up_is_a_workload():
+    for op, wanted in report.SPEED_UP.items():
+        assert set(wanted) <= {row["id"] for row in harness.workload_rows(op, "all")}
+
+
+def test_the_released_code_is_no_rival():
+    rows = [synthetic_row("eager", seconds=0.004), synthetic_row("released", seconds=0.001)]
+    rows += [synthetic_row("camkernels")]
+    (measured,) = report.measurements("op", "cpu", rows)
+    assert measured.speed_up == 2
+    (measured,) = report.released_measurements("op", "cpu", rows)
+    assert measured.speed_up == 0.5
+    assert report.released_measurements("op", "cpu", [rows[0], rows[2]]) == []
+
+
 def write_report(folder: Path, notes: str = "") -> str:
     readme, causes = folder / "README.md", folder / "notes.toml"
     if not readme.exists():
@@ -199,6 +305,9 @@ def test_report_of_a_synthetic_file(tmp_path):
         "camkernels": "0", "commit": "abc", "date": "2026-01-01", "matrix_flops_per_second": 1e12,
     }  # fmt: skip
     rows = [synthetic_row("eager", seconds=0.004), synthetic_row("camkernels")]
+    rows += [synthetic_row("released", seconds=0.02)]
+    for row in rows:
+        del row["kept_bytes"]  # as in files of camkernels 0.1.0
     run = {"machine": machine, "rows": rows}
     content = {"schema": 1, "device": "cpu", "name": "A CPU", "runs": {"op": run}}
     (tmp_path / "results").mkdir()
@@ -208,7 +317,8 @@ def test_report_of_a_synthetic_file(tmp_path):
     assert page.startswith("before\n")
     assert page.endswith("after\n")
     assert "old" not in page
-    assert "| A CPU | `op` | **missed**: 0 of 1 | met: 1 of 1 | met: 2.00 x faster |" in page
+    assert "| A CPU | `op` | **missed**: 0 of 1 | met: 1 of 1 | - | met: 2.00 x faster |" in page
+    assert "| toy | hard | forward | 20.000 | 2.000 | 10.0 | 0.00 | 0.00 |" in page
     assert "| A CPU | `op/toy/hard/forward` | near the floor | 2.00 x floor | a better cause |" in page
     picture = (tmp_path / "results" / "cpu-a-op.png").read_bytes()
     assert write_report(tmp_path, notes) == page
