@@ -89,7 +89,7 @@ def peak_extra_bytes(call: Call, device: torch.device, events: Iterable[Mapping[
     """Peak of what torch's allocator hands out during the call, above what was held before it.
 
     On a GPU as the allocator counts it. On the CPU from the profiler's record of each allocation, in
-    ``events``; what C++ kernels keep on the stack or in small vectors of their own is not in it.
+    ``events``; scratch that C++ kernels hold for each thread is not in it.
     """
     if device.type != "cuda":
         return peak_of(event["args"]["Bytes"] for event in events if event["name"] == "[memory]")
