@@ -36,7 +36,7 @@ void cam_fwd(const CamFwd& p, int64_t block_begin, int64_t block_end) {
   using Real = Accumulate<T>;
   const int64_t blocks = (p.maps + kMapBlock - 1) / kMapBlock;
   const int64_t most = p.maps < kMapBlock ? p.maps : kMapBlock;
-  const int64_t staged = p.channels_last ? kDotColumns * p.channels : kPanelRows * p.pixels;
+  const int64_t staged = p.channels_last ? kDotGroup * p.channels : kPanelRows * p.pixels;
   const std::unique_ptr<Real[]> rows(new Real[most * p.channels]);
   const std::unique_ptr<Real[]> raw(new Real[most * p.pixels]);
   const std::unique_ptr<Real[]> staging(new Real[std::is_same_v<T, Real> ? 0 : staged]);
@@ -100,7 +100,7 @@ template <typename T>
 void cam_bwd_channels(const CamBwd& p, int64_t channel_begin, int64_t channel_end) {
   using Real = Accumulate<T>;
   const int64_t width = channel_end - channel_begin;
-  const int64_t staged = p.channels_last ? kPanelRows * width : kDotColumns * p.pixels;
+  const int64_t staged = p.channels_last ? kPanelRows * width : kDotGroup * p.pixels;
   const std::unique_ptr<Real[]> rows(new Real[p.maps * width]);
   const std::unique_ptr<Real[]> products(new Real[p.maps * width]);
   const int64_t length = p.channels_last ? width : p.pixels;  // of a line of features, in this range

@@ -140,8 +140,16 @@ struct Resampler {
     }
   }
 
-  // to += transpose of T applied to `from`; rows of both are kChannelBlock apart.
-  void scatter(const Real* from, Real* to) const {
+  // to = transpose of T applied to `from`; rows of both are kChannelBlock apart.
+  void scatter(const Real* from, Real* to, int64_t to_cells) const {
+    if (valid == cells && cells == to_cells && !between_rows && !between_columns) {  // a permutation
+      for (int64_t cell = 0; cell < cells; ++cell) {
+        std::memcpy(to + sources[cell].upper_left * kChannelBlock, from + cell * kChannelBlock,
+                    kChannelBlock * sizeof(Real));
+      }
+      return;
+    }
+    std::fill_n(to, to_cells * kChannelBlock, Real(0));
     for (int64_t cell = 0; cell < cells; ++cell) {
       const Source<Real>& source = sources[cell];
       if (!source.valid) continue;
@@ -163,12 +171,16 @@ struct Resampler {
   }
 };
 
-// Channels of which forward holds all cells at once, so that they stay in the second-level cache.
+// Channels of which forward holds all cells at once, so that they stay in the second-level cache, and what
+// dots multiplies at a time in the first-level one.
 inline int64_t forward_block(int64_t cells) {
   constexpr int64_t kElements = 48 << 10;
   const int64_t fit = kElements / cells / kChannelBlock * kChannelBlock;
-  return std::clamp(fit, kChannelBlock, 16 * kChannelBlock);
+  return std::clamp(fit, kChannelBlock, 8 * kChannelBlock);
 }
+
+// Rows of the weight that stay in the second-level cache beside such a block.
+constexpr int64_t kWeightRows = 48;
 
 // Distance between rows of a block: not a multiple of a page, or all of them would fall into one cache set.
 inline int64_t padded(int64_t width) { return width + 16; }
@@ -202,8 +214,10 @@ void class_maps(const CamTransformMse& p, int64_t cells, int64_t begin, int64_t 
     }
     const Cells<Real> weight =
         load_weight(p.weight, p.channels, begin, end - begin, channel, width, rows.get());
-    dots<Real>(weight.data, weight.stride, block.get(), padded(most), out, cells, 1, end - begin, cells,
-               width, nullptr, channel == 0);
+    for (int64_t l = 0; l < end - begin; l += kWeightRows) {
+      dots<Real>(weight.at(l), weight.stride, block.get(), padded(most), out + l * cells, cells, 1,
+                 std::min(kWeightRows, end - begin - l), cells, width, nullptr, channel == 0);
+    }
   }
 }
 
@@ -468,10 +482,11 @@ void cam_transform_mse_slopes(const CamTransformMse& p, int64_t first_image, int
   }
 }
 
-// Classes whose weights, [classes][kChannelBlock], stay in the second-level cache.
-constexpr int64_t kClassBlock = 256;
+// Classes of which a column of vectors, kChannelBlock elements from one to the next, stays in the first-level
+// cache.
+constexpr int64_t kClassBlock = 96;
 
-// Gradients that flow through maps of one grid, for a block of channels.
+// Gradients that flow through maps of one grid, for channels [begin, end).
 template <typename T>
 class ChannelGradients {
  public:
@@ -480,51 +495,56 @@ class ChannelGradients {
   ChannelGradients(const CamTransformMse& p, int64_t begin, int64_t end)
       : p_(p),
         begin_(begin),
-        width_(end - begin),
-        padded_width_((width_ + kLanes - 1) / kLanes * kLanes),
-        weight_(new Real[std::min(kClassBlock, p.classes) * kChannelBlock]()),
-        sums_(new Real[p.grad_weight == nullptr ? 0 : p.classes * kChannelBlock]()) {}
+        width_((end - begin + kLanes - 1) / kLanes * kLanes),
+        weight_(new Real[p.classes * width_]()),
+        sums_(new Real[p.grad_weight == nullptr ? 0 : p.classes * width_]()),
+        scaled_(new Real[std::min(kClassBlock, p.classes) * std::max(p.maps.cells(), p.maps_t.cells())]) {
+    if (p.maps.grad == nullptr && p.maps_t.grad == nullptr) return;
+    for (int64_t l = 0; l < p.classes; ++l) {
+      load_row(p.weight, l * p.channels + begin, end - begin, weight_.get() + l * width_);
+    }
+  }
 
-  // For slopes [L][cells], times factors [L]: adds product(slopes, values) to the weight's gradient, if that
-  // and `values`, rows of channels, are given, and writes W^T slopes to `to`, [cells][kChannelBlock], if
-  // given.
+  // For slopes [L][cells], times factors [L] if given: adds slopes * values to the weight's gradient, if that
+  // is wanted, `values` being rows of channels; writes W^T slopes to `to`, [cells][kChannelBlock], if given.
   void add(const Real* slopes, const Real* factors, int64_t cells, const Cells<Real>& values, Real* to) {
     for (int64_t first = 0; first < p_.classes; first += kClassBlock) {
       const int64_t count = std::min(kClassBlock, p_.classes - first);
       const Real* rows = slopes + first * cells;
-      const Real* scales = factors == nullptr ? nullptr : factors + first;
-      if (to != nullptr) {
+      if (factors != nullptr) {
         for (int64_t l = 0; l < count; ++l) {
-          Real* row = weight_.get() + l * kChannelBlock;
-          load_row(p_.weight, (first + l) * p_.channels + begin_, width_, row);
-          if (scales == nullptr) continue;
-          for (int64_t c = 0; c < width_; ++c) row[c] *= scales[l];
+          const Real factor = factors[first + l];
+          for (int64_t i = 0; i < cells; ++i) scaled_[l * cells + i] = factor * rows[l * cells + i];
         }
-        product<Real>({rows, 1, cells}, weight_.get(), kChannelBlock, to, kChannelBlock, cells, count,
-                      padded_width_, nullptr, first == 0);
+        rows = scaled_.get();
       }
-      if (p_.grad_weight != nullptr && values.data != nullptr) {
-        product<Real>({rows, cells, 1}, values.data, values.stride, sums_.get() + first * kChannelBlock,
-                      kChannelBlock, count, cells, padded_width_, scales, false);
+      if (to != nullptr) {
+        product<Real>({rows, 1, cells}, weight_.get() + first * width_, width_, to, kChannelBlock, cells,
+                      count, width_, first == 0);
+      }
+      if (p_.grad_weight != nullptr) {
+        product<Real>({rows, cells, 1}, values.data, values.stride, sums_.get() + first * width_, width_,
+                      count, cells, width_, false);
       }
     }
   }
 
   // Adds what came together to the weight's gradient.
-  void finish() {
+  void finish(int64_t channels) {
     if (p_.grad_weight == nullptr) return;
     for (int64_t l = 0; l < p_.classes; ++l) {
       Real* to = static_cast<Real*>(p_.grad_weight) + l * p_.channels + begin_;
-      for (int64_t c = 0; c < width_; ++c) to[c] += sums_[l * kChannelBlock + c];
+      for (int64_t c = 0; c < channels; ++c) to[c] += sums_[l * width_ + c];
     }
   }
 
  private:
   static constexpr int64_t kLanes = Lanes<Real>::kCount;
   const CamTransformMse& p_;
-  const int64_t begin_, width_, padded_width_;
-  const std::unique_ptr<Real[]> weight_;  // [classes of a block][kChannelBlock]
-  const std::unique_ptr<Real[]> sums_;    // [L][kChannelBlock]
+  const int64_t begin_, width_;           // a whole number of vectors
+  const std::unique_ptr<Real[]> weight_;  // [L][width_]
+  const std::unique_ptr<Real[]> sums_;    // [L][width_]
+  const std::unique_ptr<Real[]> scaled_;  // [classes of a block][cells]
 };
 
 // Gradients of channels [begin, end), at most kChannelBlock: what one thread sums up no other touches.
@@ -566,8 +586,7 @@ void cam_transform_mse_bwd(const CamTransformMse& p, int64_t image_begin, int64_
       gradients.add(kept, factors.get(), cells_t, {difference, kChannelBlock},
                     need_maps || need_maps_t ? grad_t : nullptr);
       if (need_maps) {
-        std::fill_n(grad, block, Real(0));
-        resampler.scatter(grad_t, grad);
+        resampler.scatter(grad_t, grad, cells);
       }
       if (need_maps_t) {
         for (int64_t i = 0; i < block_t; ++i) grad_t[i] = -grad_t[i];
@@ -582,7 +601,7 @@ void cam_transform_mse_bwd(const CamTransformMse& p, int64_t image_begin, int64_
     if (need_maps) store_cells<T>(grad, p.maps, image, p.channels, begin, width, staging);
     if (need_maps_t) store_cells<T>(grad_t, p.maps_t, image, p.channels, begin, width, staging_t);
   }
-  gradients.finish();
+  gradients.finish(width);
   finish_streams();
 }
 

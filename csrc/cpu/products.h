@@ -109,7 +109,7 @@ constexpr int kTileVectors = CAMKERNELS_VECTOR_BYTES == 64 ? 4 : 2;
 
 template <int kRows, int kVectors, typename Real>
 inline void product_tile(Scalars<Real> a, const Real* b, int64_t b_stride, Real* out, int64_t out_stride,
-                         int64_t depth, const Real* factors, bool overwrite) {
+                         int64_t depth, bool overwrite) {
   constexpr int kLanes = Lanes<Real>::kCount;
   Vector<Real> sum[kRows][kVectors] = {};
   for (int64_t r = 0; r < depth; ++r) {
@@ -125,46 +125,41 @@ inline void product_tile(Scalars<Real> a, const Real* b, int64_t b_stride, Real*
   }
 #pragma GCC unroll 6
   for (int m = 0; m < kRows; ++m) {
-    const Real factor = factors == nullptr ? Real(1) : factors[m];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       Real* to = out + m * out_stride + v * kLanes;
-      const Vector<Real> scaled = factors == nullptr ? sum[m][v] : factor * sum[m][v];
-      store_vector(to, overwrite ? scaled : load_vector(to) + scaled);
+      store_vector(to, overwrite ? sum[m][v] : load_vector(to) + sum[m][v]);
     }
   }
 }
 
 template <int kVectors, typename Real>
 inline void product_columns(Scalars<Real> a, const Real* b, int64_t b_stride, Real* out, int64_t out_stride,
-                            int64_t rows, int64_t depth, const Real* factors, bool overwrite) {
+                            int64_t rows, int64_t depth, bool overwrite) {
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
   for (int64_t tile = 0, m = 0; tile < tiles; ++tile) {
-    const int64_t count = (rows - m) / (tiles - tile);  // as even as can be: no tile of a single row
+    const int64_t count = (rows - m) / (tiles - tile);  // as even as can be
     const Scalars<Real> part{a.data + m * a.row_stride, a.row_stride, a.column_stride};
     Real* to = out + m * out_stride;
-    const Real* scales = factors == nullptr ? nullptr : factors + m;
     with_count<kTileRows>(count, [&](auto size) {
-      product_tile<decltype(size)::value, kVectors>(part, b, b_stride, to, out_stride, depth, scales,
-                                                    overwrite);
+      product_tile<decltype(size)::value, kVectors>(part, b, b_stride, to, out_stride, depth, overwrite);
     });
     m += count;
   }
 }
 
-// out[m, j] = factors[m] * sum_r a(m, r) * b[r, j] (added to out unless `overwrite`; null: no factors).
-// Columns are a whole number of vectors. Unlike panel it sums in registers all along `depth`, for operands in
-// cache.
+// out[m, j] = sum_r a(m, r) * b[r, j] (added to out unless `overwrite`); columns are a whole number of
+// vectors. Unlike panel it sums in registers all along `depth`, for operands in cache.
 template <typename Real>
 inline void product(Scalars<Real> a, const Real* b, int64_t b_stride, Real* out, int64_t out_stride,
-                    int64_t rows, int64_t depth, int64_t columns, const Real* factors, bool overwrite) {
+                    int64_t rows, int64_t depth, int64_t columns, bool overwrite) {
   constexpr int64_t kLanes = Lanes<Real>::kCount;
-  int64_t j = 0;
-  for (; j + kTileVectors * kLanes <= columns; j += kTileVectors * kLanes) {
-    product_columns<kTileVectors>(a, b + j, b_stride, out + j, out_stride, rows, depth, factors, overwrite);
-  }
-  for (; j < columns; j += kLanes) {
-    product_columns<1>(a, b + j, b_stride, out + j, out_stride, rows, depth, factors, overwrite);
+  for (int64_t j = 0; j < columns; j += kTileVectors * kLanes) {
+    const int64_t left = (columns - j) / kLanes;
+    with_count<kTileVectors>(left < kTileVectors ? left : kTileVectors, [&](auto vectors) {
+      product_columns<decltype(vectors)::value>(a, b + j, b_stride, out + j, out_stride, rows, depth,
+                                                overwrite);
+    });
   }
 }
 
@@ -250,41 +245,40 @@ inline void dots_tile(const Real* a, int64_t a_stride, const Real* const* b, int
   }
 }
 
-template <int kColumns, typename Real>
-inline void dots_rows(const Real* a, int64_t a_stride, const Real* const* b, int64_t depth, Real* out,
-                      int64_t out_row_stride, int64_t out_column_stride, int64_t rows, bool overwrite) {
-  const int64_t tiles = (rows + kDotRows - 1) / kDotRows;
-  for (int64_t tile = 0, m = 0; tile < tiles; ++tile) {
-    const int64_t count = (rows - m) / (tiles - tile);
-    with_count<kDotRows>(count, [&](auto size) {
-      dots_tile<decltype(size)::value, kColumns>(a + m * a_stride, a_stride, b, depth,
-                                                 out + m * out_row_stride, out_row_stride, out_column_stride,
-                                                 overwrite);
-    });
-    m += count;
-  }
-}
+// Columns that are multiplied by a tile of rows before the next rows are read: these come from farther away.
+constexpr int kDotGroup = 2 * kDotColumns;
 
 // out[m, i] = sum_j a[m, j] * b[i, j] (added to out unless `overwrite`); rows of both are contiguous.
-// `staging` holds kDotColumns * depth elements if T is a half type.
+// `staging` holds kDotGroup * depth elements if T is a half type.
 template <typename T>
 inline void dots(const Accumulate<T>* a, int64_t a_stride, const T* b, int64_t b_stride, Accumulate<T>* out,
                  int64_t out_row_stride, int64_t out_column_stride, int64_t rows, int64_t columns,
                  int64_t depth, Accumulate<T>* staging, bool overwrite) {
   using Real = Accumulate<T>;
-  const Real* line[kDotColumns];
-  const int64_t tiles = (columns + kDotColumns - 1) / kDotColumns;
-  for (int64_t tile = 0, i = 0; tile < tiles; ++tile) {
-    const int64_t count = (columns - i) / (tiles - tile);
-    for (int64_t t = 0; t < count; ++t) {
-      line[t] = widened(b + (i + t) * b_stride, staging + t * depth, depth);
+  const Real* line[kDotGroup];
+  const int64_t row_tiles = (rows + kDotRows - 1) / kDotRows;
+  const int64_t groups = (columns + kDotGroup - 1) / kDotGroup;
+  for (int64_t g = 0, first = 0; g < groups; ++g) {
+    const int64_t group = (columns - first) / (groups - g);  // as even as can be
+    for (int64_t t = 0; t < group; ++t) {
+      line[t] = widened(b + (first + t) * b_stride, staging + t * depth, depth);
     }
-    Real* to = out + i * out_column_stride;
-    with_count<kDotColumns>(count, [&](auto size) {
-      dots_rows<decltype(size)::value>(a, a_stride, line, depth, to, out_row_stride, out_column_stride, rows,
-                                       overwrite);
-    });
-    i += count;
+    for (int64_t tile = 0, m = 0; tile < row_tiles; ++tile) {
+      const int64_t count = (rows - m) / (row_tiles - tile);
+      for (int64_t t = 0; t < group; t += kDotColumns) {
+        const int64_t width = group - t < kDotColumns ? group - t : kDotColumns;
+        Real* to = out + m * out_row_stride + (first + t) * out_column_stride;
+        with_count<kDotRows>(count, [&](auto tall) {
+          with_count<kDotColumns>(width, [&](auto wide) {
+            dots_tile<decltype(tall)::value, decltype(wide)::value>(a + m * a_stride, a_stride, line + t,
+                                                                    depth, to, out_row_stride,
+                                                                    out_column_stride, overwrite);
+          });
+        });
+      }
+      m += count;
+    }
+    first += group;
   }
 }
 
