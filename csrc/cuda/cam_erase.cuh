@@ -1,8 +1,8 @@
 // The image with the peak of its class activation map erased, and the gradients of that.
 #pragma once
 
-#include "../shared/taps.h"
 #include "cam_front.cuh"
+#include "sample.cuh"
 
 namespace camkernels::cuda {
 
@@ -41,14 +41,6 @@ __device__ __forceinline__ Taps<float> taps_y(const Erasing& erasing, int y) {
 
 __device__ __forceinline__ Taps<float> taps_x(const Erasing& erasing, int x) {
   return source_taps(x, erasing.scale_x, erasing.map_width, erasing.nearest);
-}
-
-// heat: [h, w], normalised
-__device__ __forceinline__ float sample(const float* heat, int width, Taps<float> y, Taps<float> x) {
-  const float* low = heat + y.low * width;
-  const float* high = heat + y.high * width;
-  return resample(resample(low[x.low], low[x.high], x.weight), resample(high[x.low], high[x.high], x.weight),
-                  y.weight);
 }
 
 __device__ __forceinline__ float soft_gate(const Erasing& erasing, float heat) {

@@ -267,10 +267,6 @@ __device__ inline void cluster_sum(const float* share, float* total, int count, 
   if (size > 1) cluster_arrive_relaxed();
 }
 
-__device__ __forceinline__ void leave_cluster(int size) {
-  if (size > 1) cluster_wait();
-}
-
 // Raw maps of one image, first_map on, in buffers.total; the block is synchronised.
 template <typename T, bool kChannelsLast, int kMaps>
 __device__ void raw_maps(const CamFront& front, int64_t image, int first_map, int rank, int size,

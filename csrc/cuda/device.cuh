@@ -114,6 +114,11 @@ __device__ __forceinline__ void store_global(uint4* to, uint4 value) { __stcs(to
 
 #endif
 
+// For a block that has arrived and has nothing more to do: others may still read its shared memory.
+__device__ __forceinline__ void leave_cluster(int size) {
+  if (size > 1) cluster_wait();
+}
+
 // Counts the bytes that the same calls on a SharedMemory take.
 class SharedSize {
  public:
@@ -201,6 +206,11 @@ __device__ __forceinline__ float load_as_float(AnyArray from, int64_t index) {
     default:
       return static_cast<float>(static_cast<const double*>(from.data)[index]);
   }
+}
+
+__device__ __forceinline__ double load_as_double(AnyArray from, int64_t index) {
+  if (from.dtype == DType::kDouble) return static_cast<const double*>(from.data)[index];
+  return static_cast<double>(load_as_float(from, index));
 }
 
 __device__ __forceinline__ void store_from_float(void* to, DType dtype, int64_t index, float value) {

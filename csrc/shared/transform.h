@@ -8,6 +8,10 @@
 
 namespace camkernels {
 
+// How the maps of an image and of the transformed image meet: cell by cell, or both resized to the least
+// common multiple of their sizes.
+enum class Comparison : int { kOneGrid, kNearest, kBilinear };
+
 // Output index i reads the input at step * i + offset + fraction; valid for begin <= i < end.
 struct Axis {
   int64_t step;
@@ -78,17 +82,20 @@ CAMKERNELS_HD CellTaps<Real> cell_taps(const Geometry& geometry, const double* m
           axis_taps<Real>(geometry.columns, b, geometry.width), valid};
 }
 
-// Two grids of `size` and `other` cells on the same extent, which is size * other units long.
-// Cell `index` of the first overlaps cells [first_overlap, last_overlap] of the second.
-CAMKERNELS_HD int64_t first_overlap(int64_t index, int64_t size, int64_t other) {
+// Two grids of `size` and `other` cells on the same extent, which is size * other units long (Int holds
+// that). Cell `index` of the first overlaps cells [first_overlap, last_overlap] of the second.
+template <typename Int>
+CAMKERNELS_HD Int first_overlap(Int index, Int size, Int other) {
   return index * other / size;
 }
-CAMKERNELS_HD int64_t last_overlap(int64_t index, int64_t size, int64_t other) {
+template <typename Int>
+CAMKERNELS_HD Int last_overlap(Int index, Int size, Int other) {
   return ((index + 1) * other - 1) / size;
 }
-CAMKERNELS_HD int64_t overlap(int64_t index, int64_t size, int64_t other_index, int64_t other) {
-  const int64_t begin = index * other > other_index * size ? index * other : other_index * size;
-  const int64_t end =
+template <typename Int>
+CAMKERNELS_HD Int overlap(Int index, Int size, Int other_index, Int other) {
+  const Int begin = index * other > other_index * size ? index * other : other_index * size;
+  const Int end =
       (index + 1) * other < (other_index + 1) * size ? (index + 1) * other : (other_index + 1) * size;
   return end - begin;
 }

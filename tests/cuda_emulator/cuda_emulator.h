@@ -2,9 +2,9 @@
 // GPU.
 //
 // A kernel that includes this header instead of the CUDA headers sees threadIdx, blockIdx, blockDim, gridDim,
-// shared memory, __syncthreads, warp shuffles and votes, atomics, clusters with distributed shared memory,
-// uint4 and the half types. All blocks of a cluster run together; clusters run one after another, in random
-// order.
+// shared memory, __syncthreads, __syncwarp, warp shuffles and votes, atomics, clusters with distributed
+// shared memory, uint4 and the half types. All blocks of a cluster run together; clusters run one after
+// another, in random order.
 //
 // Between two barriers or atomics the threads run one at a time, in an order drawn from a seed: a missing
 // barrier lets a reader run before its writer, and the result changes. Shared memory starts as NaN, so
@@ -459,6 +459,11 @@ inline void sync_block(const char* file, int line) {
   machine.meet(machine.block().meeting, {"__syncthreads", file, line, 0});
 }
 
+inline void sync_warp(const char* file, int line) {
+  Machine& machine = Machine::instance();
+  machine.meet(machine.block().warps[machine.thread().index / kWarpSize], {"__syncwarp", file, line, 0});
+}
+
 // Every thread of the block learns whether any passed true.
 inline int sync_block_or(int value, const char* file, int line) {
   Machine& machine = Machine::instance();
@@ -518,6 +523,7 @@ class SharedMemory {
 #define blockDim emulator::block_dim()
 #define gridDim emulator::grid_dim()
 #define __syncthreads() emulator::sync_block(__FILE__, __LINE__)
+#define __syncwarp() emulator::sync_warp(__FILE__, __LINE__)
 #define __syncthreads_or(value) emulator::sync_block_or(value, __FILE__, __LINE__)
 #define __shfl_sync(mask, value, from) emulator::shuffle(mask, value, from, "__shfl_sync", __FILE__, __LINE__)
 #define __shfl_xor_sync(mask, value, distance) \

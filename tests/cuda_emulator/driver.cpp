@@ -1,6 +1,8 @@
 // The kernels' launches behind C functions, for ctypes.
 #include "../../csrc/cuda/cam.cuh"
 #include "../../csrc/cuda/cam_erase.cuh"
+#include "../../csrc/cuda/cam_transform_mse.cuh"
+#include "../../csrc/cuda/cam_transform_mse_bwd.cuh"
 #include "mistakes.h"
 
 namespace camkernels::cuda {
@@ -69,7 +71,9 @@ int64_t emulator_sizes(int64_t* sizes) {
   sizes[1] = sizeof(CamBwd);
   sizes[2] = sizeof(CamEraseFwd);
   sizes[3] = sizeof(CamEraseBwd);
-  return 4;
+  sizes[4] = sizeof(CamTransformMseFwd);
+  sizes[5] = sizeof(CamTransformMseBwd);
+  return 6;
 }
 
 int64_t emulate_cam_fwd(const Setting* setting, const CamFwd* call) {
@@ -101,6 +105,20 @@ int64_t emulate_cam_erase_bwd(const Setting* setting, const CamEraseBwd* call, c
     CamEraseBwd filled = *call;
     set_fill(filled.erasing, fill, count);
     launch_cam_erase_bwd(launcher, filled);
+  });
+}
+
+int64_t emulate_cam_transform_mse_fwd(const Setting* setting, const CamTransformMseFwd* call) {
+  return guarded(setting, [&](EmulatorLauncher& launcher) { launch_cam_transform_mse_fwd(launcher, *call); });
+}
+
+int64_t emulate_cam_transform_mse_bwd(const Setting* setting, const CamTransformMseBwd* call) {
+  return guarded(setting, [&](EmulatorLauncher& launcher) {
+    CamTransformMseBwd with_scratch = *call;
+    const auto size = static_cast<size_t>(cam_transform_mse_bwd_scratch(call->maps).total());
+    std::vector<double> scratch(size / 8 + 1, NAN);  // aligned as torch aligns its tensors
+    with_scratch.scratch = scratch.data();
+    launch_cam_transform_mse_bwd(launcher, with_scratch);
   });
 }
 

@@ -32,7 +32,7 @@ MISTAKES = (
     "never_writes",
 )
 _Pointer, _I64, _I32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-_F32, _Bool = ctypes.c_float, ctypes.c_bool
+_F32, _F64, _Bool = ctypes.c_float, ctypes.c_double, ctypes.c_bool
 
 
 def compiler() -> str | None:
@@ -159,6 +159,75 @@ _CamEraseBwd = _struct(
 )
 
 
+_Axis = _struct("Axis", step=_I64, offset=_I64, fraction=_F64, begin=_I64, end=_I64)
+_Geometry = _struct(
+    "Geometry",
+    affine=_Bool,
+    transposed=_Bool,
+    rows=_Axis,
+    columns=_Axis,
+    height=_I32,
+    width=_I32,
+    height_t=_I32,
+    width_t=_I32,
+)
+_CamTransform = _struct(
+    "CamTransform",
+    features=_Pointer,
+    features_t=_Pointer,
+    weight=_Array,
+    matrix=_Array,
+    geometry=_Geometry,
+    images=_I64,
+    classes=_I64,
+    matrices=_I64,
+    channels=_I32,
+    comparison=_I32,
+    features_dtype=_I32,
+    channels_last=_Bool,
+    channels_last_t=_Bool,
+)
+_CommonGrid = _struct(
+    "CommonGrid",
+    one=_I32 * 2,
+    other=_I32 * 2,
+    height=_I32,
+    width=_I32,
+    scale_y=_F32,
+    scale_x=_F32,
+    scale_y_other=_F32,
+    scale_x_other=_F32,
+)
+_MapPlan = _struct("MapPlan", tiling=_I32 * 3, labels=_I32)
+_CamTransformMseFwd = _struct(
+    "CamTransformMseFwd",
+    maps=_CamTransform,
+    grid=_CommonGrid,
+    means=_Pointer,
+    kept=_Pointer,
+    plan=_MapPlan,
+)
+_CamTransformMseBwd = _struct(
+    "CamTransformMseBwd",
+    maps=_CamTransform,
+    grid=_CommonGrid,
+    grad_means=_Pointer,
+    kept=_Pointer,
+    grad_features=_Pointer,
+    grad_features_t=_Pointer,
+    grad_weight=_Pointer,
+    scratch=_Pointer,
+    readers=_Pointer,
+    starts=_Pointer,
+    counts=_Pointer,
+    slopes=_Pointer,
+    plan=_MapPlan,
+    spread=_I32,
+    tiles_t=_I32,
+    tiles=_I32,
+)
+
+
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
 
@@ -186,12 +255,13 @@ class Emulator:
     def load(path: Path) -> "Emulator":
         library = ctypes.CDLL(str(path))
         library.emulator_error.restype = ctypes.c_char_p
-        ops = "cam_fwd", "cam_bwd", "cam_erase_fwd", "cam_erase_bwd"
+        ops = [f"{op}_{way}" for op in ("cam", "cam_erase", "cam_transform_mse") for way in ("fwd", "bwd")]
         for name in (*ops, "reverse", "block_sums", "histogram", "tally", "launch"):
             getattr(library, f"emulate_{name}").restype = _I64
-        sizes = (_I64 * 4)()
+        structs = _CamFwd, _CamBwd, _CamEraseFwd, _CamEraseBwd, _CamTransformMseFwd, _CamTransformMseBwd
+        sizes = (_I64 * len(structs))()
         library.emulator_sizes(sizes)
-        mirrored = [ctypes.sizeof(s) for s in (_CamFwd, _CamBwd, _CamEraseFwd, _CamEraseBwd)]
+        mirrored = [ctypes.sizeof(s) for s in structs]
         assert list(sizes) == mirrored, "the parameter structs here are not those of csrc/cuda"
         return Emulator(library)
 
@@ -370,6 +440,92 @@ class Emulator:
         )
         colours = (ctypes.c_double * len(fill))(*fill)
         self._call("cam_erase_bwd", call, [grad_images, grad_map], colours, _I64(len(fill)))
+
+    @staticmethod
+    def _transform(
+        features: Tensor,
+        features_t: Tensor,
+        weight: Tensor,
+        matrix: Tensor | None,
+        whole: list[int],
+        fractions: list[float],
+        comparison: int,
+    ) -> ctypes.Structure:
+        images, channels, height, width = features.shape
+        geometry = _Geometry(
+            affine=matrix is not None,
+            height=height,
+            width=width,
+            height_t=features_t.shape[2],
+            width_t=features_t.shape[3],
+        )
+        if whole:
+            geometry.transposed = bool(whole[0])
+            geometry.rows = _Axis(whole[1], whole[2], fractions[0], whole[3], whole[4])
+            geometry.columns = _Axis(whole[5], whole[6], fractions[1], whole[7], whole[8])
+        return _CamTransform(
+            features=_pointer(features),
+            features_t=_pointer(features_t),
+            weight=_array(weight),
+            matrix=_array(matrix),
+            geometry=geometry,
+            images=images,
+            classes=weight.shape[0],
+            matrices=1 if matrix is None else matrix.shape[0],
+            channels=channels,
+            comparison=comparison,
+            features_dtype=_DTYPES.index(features.dtype),
+            channels_last=_channels_last(features),
+            channels_last_t=_channels_last(features_t),
+        )
+
+    def cam_transform_mse_fwd(
+        self,
+        features: Tensor,
+        features_t: Tensor,
+        weight: Tensor,
+        matrix: Tensor | None,
+        whole: list[int],
+        fractions: list[float],
+        comparison: int,
+        keep: bool,
+        means: Tensor,
+        kept: Tensor,
+    ) -> None:
+        call = _CamTransformMseFwd(
+            maps=self._transform(features, features_t, weight, matrix, whole, fractions, comparison),
+            means=_pointer(means),
+            kept=_pointer(kept),
+        )
+        self._call("cam_transform_mse_fwd", call, [means, kept])
+
+    def cam_transform_mse_bwd(
+        self,
+        grad_means: Tensor,
+        features: Tensor,
+        features_t: Tensor,
+        weight: Tensor,
+        matrix: Tensor | None,
+        kept: Tensor,
+        whole: list[int],
+        fractions: list[float],
+        comparison: int,
+        need_features: bool,
+        need_features_t: bool,
+        need_weight: bool,
+        grad_features: Tensor,
+        grad_features_t: Tensor,
+        grad_weight: Tensor,
+    ) -> None:
+        call = _CamTransformMseBwd(
+            maps=self._transform(features, features_t, weight, matrix, whole, fractions, comparison),
+            grad_means=_pointer(grad_means),
+            kept=_pointer(kept),
+            grad_features=_pointer(grad_features),
+            grad_features_t=_pointer(grad_features_t),
+            grad_weight=_pointer(grad_weight),
+        )
+        self._call("cam_transform_mse_bwd", call, [grad_features, grad_features_t, grad_weight])
 
     def _try(self, name: str, *arguments: Any) -> str:
         """Runs one of the emulator's own kernels; the error's text, empty if there was none."""
