@@ -8,10 +8,11 @@ CPP := $(shell find csrc tests/cuda_emulator -name '*.h' -o -name '*.cpp' -o -na
 # A change of these rebuilds the extension, as a change of its sources does.
 SETTINGS := $(CAMKERNELS_CUDA)|$(CAMKERNELS_DEBUG)|$(TORCH_CUDA_ARCH_LIST)|$(CUDA_HOME)|$(CXX)
 
-.PHONY: FORCE help install test demo bench lint format gpu clean
+.PHONY: FORCE help install test demo demo-vac bench lint format gpu clean
 
 help:
 	@echo "make demo     train with PCL on real images, write demo/"
+	@echo "make demo-vac the same with VAC on images of several classes, write demo-vac/"
 	@echo "make test     the whole test suite"
 	@echo "make bench    benchmarks of this machine, and their report"
 	@echo "make lint     ruff, clang-format, mypy"
@@ -39,6 +40,9 @@ test: install
 demo: install
 	$(PY) examples/train_digit_scenes.py --method pcl --output demo
 
+demo-vac: install
+	$(PY) examples/train_digit_scenes.py --method vac --output demo-vac
+
 bench: install
 	$(PY) -m pytest benchmarks --rows all --results benchmarks/results
 	$(PY) benchmarks/report.py
@@ -58,4 +62,4 @@ gpu:
 	PYTHON=$(PYTHON) tools/gpu.sh $(RESULTS)
 
 clean:
-	rm -rf build $(VENV) demo camkernels/*.so *.egg-info
+	rm -rf build $(VENV) demo demo-vac camkernels/*.so *.egg-info

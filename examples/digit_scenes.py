@@ -1,12 +1,13 @@
-"""Digit scenes: several handwritten digits of one class scattered over a real photograph.
+"""Digit scenes: handwritten digits scattered over a real photograph.
 
-Digits and photographs are those that scikit-learn ships, so nothing is downloaded. A scene has no centre:
-its class is written three to five times, in other sizes, colours and places, among pieces of other digits.
+Digits and photographs are those that scikit-learn ships, so nothing is downloaded. A scene has no centre: its
+digits are written in various sizes, colours and places, among pieces of other digits. ``digit_scenes`` have
+one class each, written three to five times; ``multi_label_scenes`` two to four, written once or twice.
 ``image_folder`` gives one's own images the same form.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,9 @@ from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor
 
 SIZE = 96
-INSTANCES = (3, 5)
+INSTANCES = (3, 5)  # of the one class
+CLASSES_PER_SCENE = (2, 4)
+INSTANCES_PER_CLASS = (1, 2)  # where there are several
 FRAGMENTS = (1, 3)
 DIGIT_SIZE = (20, 32)
 CONTRAST = (100.0, 170.0)  # of a digit to what lies below it, in grey levels
@@ -32,12 +35,13 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom; right and bottom ar
 
 @dataclass(frozen=True)
 class Scenes:
-    """Labelled images; ``boxes`` and ``sources`` only where the scenes were composed here."""
+    """Labelled images; what follows ``classes`` only where the scenes were composed here."""
 
     images: Tensor  # [N, 3, SIZE, SIZE] uint8
-    labels: Tensor  # [N] int64
+    labels: Tensor  # int64: [N] class indices, or [N, L] of 0 and 1
     classes: tuple[str, ...]
     boxes: tuple[tuple[Box, ...], ...] | None = None
+    written: tuple[tuple[int, ...], ...] | None = None  # the class in each box
     sources: tuple[tuple[int, ...], ...] | None = None  # which digits of load_digits, fragments included
 
 
@@ -48,20 +52,65 @@ class Scene(NamedTuple):
 
 
 def digit_scenes(train: int, test: int, seed: int) -> tuple[Scenes, Scenes]:
-    """``train`` and ``test`` scenes that share neither a source digit nor a part of a photograph."""
+    """Scenes of one class each; training and test share neither a digit nor a part of a photograph."""
+
+    def choose(count: int, classes: int, rng: np.random.Generator) -> NDArray[np.bool_]:
+        labels = rng.permutation(np.arange(count) % classes)
+        return np.arange(classes) == labels[:, None]
+
+    parts = _scenes((train, test), choose, INSTANCES, False, seed)
+    one, two = (replace(part, labels=part.labels.argmax(1)) for part in parts)
+    return one, two
+
+
+def multi_label_scenes(train: int, test: int, seed: int) -> tuple[Scenes, Scenes]:
+    """The same with several classes in each scene.
+
+    About every other digit is mirrored, so that a mirrored scene is as likely as the scene itself. That holds
+    for photographs of people and things, and not for handwriting as it is.
+    """
+
+    def choose(count: int, classes: int, rng: np.random.Generator) -> NDArray[np.bool_]:
+        present = np.zeros((count, classes), bool)
+        for row in present:
+            row[rng.choice(classes, rng.integers(*CLASSES_PER_SCENE, endpoint=True), replace=False)] = True
+        return present
+
+    return _scenes((train, test), choose, INSTANCES_PER_CLASS, True, seed)
+
+
+def _scenes(
+    counts: tuple[int, int],
+    choose: Callable[[int, int, np.random.Generator], NDArray[np.bool_]],
+    instances: tuple[int, int],
+    mirrored: bool,
+    seed: int,
+) -> tuple[Scenes, Scenes]:
+    """Training and test scenes; ``choose`` says which classes are in each, ``[count, classes]``."""
     digits = load_digits()
     pixels = (digits.images / digits.images.max()).astype(np.float32)  # [1797, 8, 8]
     photographs = load_sample_images().images
     rng = np.random.default_rng(seed)
-    train_digits, test_digits = _split(digits.target, rng)
+    allowed = _split(digits.target, rng)
     cut = [round(photo.shape[1] * (1 - TEST_COLUMNS)) for photo in photographs]
-    train_photos = [photo[:, :column] for photo, column in zip(photographs, cut, strict=True)]
-    test_photos = [photo[:, column:] for photo, column in zip(photographs, cut, strict=True)]
-    train_rng, test_rng = rng.spawn(2)
-    return (
-        _compose(train, pixels, digits.target, train_digits, train_photos, train_rng),
-        _compose(test, pixels, digits.target, test_digits, test_photos, test_rng),
+    sides = (
+        [photo[:, :column] for photo, column in zip(photographs, cut, strict=True)],
+        [photo[:, column:] for photo, column in zip(photographs, cut, strict=True)],
     )
+    train, test = (
+        _compose(
+            choose(count, len(digits.target_names), part),
+            pixels,
+            digits.target,
+            indices,
+            photos,
+            instances,
+            mirrored,
+            part,
+        )
+        for count, indices, photos, part in zip(counts, allowed, sides, rng.spawn(2), strict=True)
+    )
+    return train, test
 
 
 def _split(
@@ -78,30 +127,40 @@ def _split(
 
 
 def _compose(
-    count: int,
+    present: NDArray[np.bool_],  # [N, classes]
     pixels: NDArray[np.float32],
     labels: NDArray[np.int64],
     allowed: NDArray[np.int64],
     photographs: Sequence[NDArray[np.uint8]],
+    count: tuple[int, int],
+    mirrored: bool,
     rng: np.random.Generator,
 ) -> Scenes:
     classes = np.unique(labels)
-    scene_labels = rng.permutation(np.arange(count) % len(classes))
-    scenes, sources = [], []
-    for label in scene_labels:
-        same = allowed[labels[allowed] == classes[label]]
-        other = allowed[labels[allowed] != classes[label]]
-        instances = rng.choice(same, rng.integers(*INSTANCES, endpoint=True), replace=False)
+    scenes, written, sources = [], [], []
+    for row in present:
+        instances = [
+            rng.choice(allowed[labels[allowed] == label], rng.integers(*count, endpoint=True), replace=False)
+            for label in classes[row]
+        ]
+        chosen = np.concatenate(instances)
+        other = allowed[np.isin(labels[allowed], classes[~row])]
         fragments = rng.choice(other, rng.integers(*FRAGMENTS, endpoint=True), replace=False)
         background = crop_background(photographs[int(rng.integers(len(photographs)))], rng)
-        scenes.append(draw_scene(background, pixels[instances], pixels[fragments], rng))
-        sources.append(tuple(int(i) for i in (*instances, *fragments)))
+        digits = pixels[chosen]  # [K, 8, 8]
+        if mirrored:
+            turn = rng.random(len(digits)) < 0.5
+            digits = np.where(turn[:, None, None], digits[..., ::-1], digits)
+        scenes.append(draw_scene(background, digits, pixels[fragments], rng))
+        written.append(tuple(int(np.flatnonzero(classes == labels[i])[0]) for i in chosen))
+        sources.append(tuple(int(i) for i in (*chosen, *fragments)))
     images = np.stack([scene.image for scene in scenes]) if scenes else np.zeros((0, SIZE, SIZE, 3), np.uint8)
     return Scenes(
         images=torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
-        labels=torch.from_numpy(scene_labels.astype(np.int64)),
+        labels=torch.from_numpy(present.astype(np.int64)),
         classes=tuple(str(name) for name in classes),
         boxes=tuple(scene.boxes for scene in scenes),
+        written=tuple(written),
         sources=tuple(sources),
     )
 
@@ -197,6 +256,20 @@ def _write(
     colour = brightness + difference + rng.uniform(-45, 45, 3)
     opacity = shape[..., None] * rng.uniform(0.7, 1.0)
     below += opacity * (colour.clip(0, 255).astype(np.float32) - below)
+
+
+def digit_crops(scenes: Scenes, side: int) -> Scenes:
+    """A square piece of ``side`` pixels around each digit of the scenes, of the digit's class."""
+    assert scenes.boxes is not None
+    assert scenes.written is not None
+    crops, labels = [], []
+    for image, boxes, written in zip(scenes.images, scenes.boxes, scenes.written, strict=True):
+        for (left, top, right, bottom), label in zip(boxes, written, strict=True):
+            x = min(max((left + right - side) // 2, 0), SIZE - side)
+            y = min(max((top + bottom - side) // 2, 0), SIZE - side)
+            crops.append(image[:, y : y + side, x : x + side])
+            labels.append(label)
+    return Scenes(torch.stack(crops), torch.tensor(labels), scenes.classes)
 
 
 def image_folder(root: Path, seed: int) -> tuple[Scenes, Scenes]:

@@ -13,10 +13,11 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 pytest.importorskip(
-    "sklearn", reason="the examples need scikit-learn, matplotlib and rich (camkernels[examples])"
+    "torchmetrics", reason="the examples need scikit-learn, torchmetrics and more (camkernels[examples])"
 )
 digit_scenes = importlib.import_module("digit_scenes")
-findings = importlib.import_module("findings")
+pcl = importlib.import_module("pcl")
+vac = importlib.import_module("vac")
 train_digit_scenes = importlib.import_module("train_digit_scenes")
 
 SIZE = digit_scenes.SIZE
@@ -65,16 +66,87 @@ def test_three_to_five_digits_of_one_class_and_pieces_of_others(scenes):
     assert counts == {3, 4, 5}
 
 
-def test_training_and_test_share_no_digit():
-    train, test = digit_scenes.digit_scenes(400, 200, seed=0)
+@pytest.fixture(scope="module")
+def multi_label():
+    return digit_scenes.multi_label_scenes(40, 20, seed=3)
+
+
+def test_several_classes_each_with_its_own_digits(multi_label):
+    source_labels = digit_scenes.load_digits().target
+    counts, repeats = set(), set()
+    for part, images in zip(multi_label, (40, 20), strict=True):
+        assert part.images.shape == (images, 3, SIZE, SIZE)
+        assert part.labels.shape == (images, 10)
+        assert part.labels.dtype == torch.int64
+        assert part.classes == tuple("0123456789")
+        for labels, boxes, written, sources in zip(
+            part.labels, part.boxes, part.written, part.sources, strict=True
+        ):
+            instances, fragments = sources[: len(boxes)], sources[len(boxes) :]
+            assert labels.nonzero().flatten().tolist() == sorted(set(written))
+            assert tuple(int(source_labels[i]) for i in instances) == written
+            assert len(set(instances)) == len(boxes)
+            assert len(fragments) > 0
+            assert not {int(source_labels[i]) for i in fragments} & set(written)
+            counts.add(len(set(written)))
+            repeats |= {written.count(label) for label in written}
+    assert counts == {2, 3, 4}
+    assert repeats == {1, 2}
+
+
+def test_the_seed_decides_several_classes(multi_label):
+    again = digit_scenes.multi_label_scenes(40, 20, seed=3)
+    for one, two in zip(multi_label, again, strict=True):
+        assert torch.equal(one.images, two.images)
+        assert torch.equal(one.labels, two.labels)
+        assert (one.boxes, one.written, one.sources) == (two.boxes, two.written, two.sources)
+
+
+def test_some_digits_are_mirrored(monkeypatch):
+    drawn, given = [], digit_scenes.load_digits().images / 16
+    draw = digit_scenes.draw_scene
+
+    def spy(background, instances, fragments, rng):
+        drawn.extend(instances)
+        return draw(background, instances, fragments, rng)
+
+    monkeypatch.setattr(digit_scenes, "draw_scene", spy)
+    train, _ = digit_scenes.multi_label_scenes(20, 0, seed=0)
+    used = [
+        i for boxes, sources in zip(train.boxes, train.sources, strict=True) for i in sources[: len(boxes)]
+    ]
+    mirrored = [bool((digit == given[i][:, ::-1]).all()) for digit, i in zip(drawn, used, strict=True)]
+    straight = [bool((digit == given[i]).all()) for digit, i in zip(drawn, used, strict=True)]
+    assert all(a != b for a, b in zip(mirrored, straight, strict=True))
+    assert 0.3 < sum(mirrored) / len(mirrored) < 0.7
+
+
+def test_crops_hold_their_digit(multi_label):
+    train, _ = multi_label
+    crops = digit_scenes.digit_crops(train, 32)
+    assert crops.images.shape == (sum(map(len, train.boxes)), 3, 32, 32)
+    assert crops.labels.tolist() == [label for written in train.written for label in written]
+    # Where the box lies well inside, the piece around its middle is the crop.
+    number = 0
+    for image, boxes in zip(train.images, train.boxes, strict=True):
+        for left, top, right, bottom in boxes:
+            x, y = (left + right) // 2 - 16, (top + bottom) // 2 - 16
+            if 0 <= x <= SIZE - 32 and 0 <= y <= SIZE - 32:
+                assert torch.equal(crops.images[number], image[:, y : y + 32, x : x + 32])
+            number += 1
+
+
+@pytest.mark.parametrize("compose", [digit_scenes.digit_scenes, digit_scenes.multi_label_scenes])
+def test_training_and_test_share_no_digit(compose):
+    train, test = compose(400, 200, seed=0)
     used = [{i for sources in part.sources for i in sources} for part in (train, test)]
     assert used[0]
     assert used[1]
     assert not used[0] & used[1]
 
 
-def test_boxes_lie_inside_and_apart(scenes):
-    for part in scenes:
+def test_boxes_lie_inside_and_apart(scenes, multi_label):
+    for part in (*scenes, *multi_label):
         for boxes in part.boxes:
             occupied = np.zeros((SIZE, SIZE), int)
             for left, top, right, bottom in boxes:
@@ -148,8 +220,9 @@ def test_training_from_end_to_end(tmp_path, capsys):
     results = json.loads((tmp_path / "one" / "results.json").read_text())
     assert set(results) == {
         "runs",
-        "erase_ms",
-        "erase_shapes",
+        "op",
+        "op_ms",
+        "op_shapes",
         "findings",
         "images",
         "classes",
@@ -169,7 +242,8 @@ def test_training_from_end_to_end(tmp_path, capsys):
             assert 0 <= measured[key] <= 1
     assert results["runs"]["baseline"]["erased_fraction"] is None
     assert 0 < results["runs"]["pcl"]["erased_fraction"] < 1
-    assert results["erase_ms"]["reference"] > 0
+    assert results["op"] == "fused_cam_erase"
+    assert results["op_ms"]["reference"] > 0
     assert results["images"] == {"train": 24, "test": 12}
     assert results["settings"]["seed"] == 0
     assert results["versions"]["torch"] == torch.__version__
@@ -192,8 +266,57 @@ def test_training_on_a_folder(photos, tmp_path, capsys):
     assert results["classes"] == ["dark", "light"]
     assert results["images"] == {"train": 8, "test": 2}
     assert results["runs"]["pcl"]["digits_in_focus"] is None
-    assert list(results["erase_ms"]) == ["reference"]
+    assert list(results["op_ms"]) == ["reference"]
     assert (output / "scenes.png").stat().st_size > 0
+
+
+def test_vac_from_end_to_end(tmp_path, capsys):
+    printed = run(capsys, *TINY, "--method", "vac", "--consistency", "0.5", "--output", str(tmp_path / "one"))
+    results = json.loads((tmp_path / "one" / "results.json").read_text())
+    assert list(results["runs"]) == ["baseline", "flipped", "vac_flip", "vac_flip_scale"]
+    for measured in results["runs"].values():
+        assert measured["title"] in printed
+        assert measured["steps"] == 3
+        assert measured["ms_per_step"] > 0
+        for key in ("map", "macro_f1"):
+            assert 0 <= measured[key] <= 1
+        for name in ("flip", "scale"):
+            assert measured[f"{name}_inconsistency"] > 0
+            assert measured[f"{name}_inconsistency_of_variance"] > 0
+    assert results["op"] == "fused_cam_transform_mse"
+    assert results["op_ms"]["reference"] > 0
+    assert results["settings"]["consistency"] == 0.5
+    assert "mAP" in printed
+    assert "inconsistency" in printed
+    assert "paper's claims" in printed
+    with Image.open(tmp_path / "one" / "scenes.png") as picture:
+        assert picture.width <= 1700
+
+
+def test_the_loss_of_vac():
+    """Cross-entropy over all versions, plus eq. 5 and 7; without a factor, the cross-entropy alone."""
+    torch.manual_seed(0)
+    network = vac.Network(10).eval()
+    images, target = torch.randn(2, 3, SIZE, SIZE), torch.randint(2, (2, 10))
+    ratio = torch.full((10,), 0.3)
+    versions = [images, images.flip(-1), vac.SCALE(images)]
+    cross_entropy = torch.stack(
+        [vac.WeightedBCEWithLogits(ratio)(network(version), target) for version in versions]
+    ).mean()
+    of_flip, of_scale = (
+        vac.fused_cam_transform_mse(
+            network.activations(images).last,
+            network.activations(version).last,
+            network.classifier.weight,
+            transform,
+        )
+        for version, transform in zip(versions[1:], (vac.FLIP, vac.SCALE), strict=True)
+    )
+    transforms = [vac.FLIP, vac.SCALE]
+    alone = vac.MultiLabel("", ratio, transforms).loss(network, images, target)
+    both = vac.MultiLabel("", ratio, transforms, factor=0.5).loss(network, images, target)
+    torch.testing.assert_close(alone, cross_entropy)
+    torch.testing.assert_close(both, cross_entropy + 0.5 * (of_flip + of_scale))
 
 
 @pytest.mark.parametrize(
@@ -206,6 +329,10 @@ def test_training_on_a_folder(photos, tmp_path, capsys):
         (["--device", "nowhere"], "--device: 'nowhere' cannot be used here"),
         (["--backend", "cuda"], "--backend: "),
         (["--data", "no/such/folder"], "--data: no/such/folder is not a folder"),
+        (["--method", "vac", "--consistency", "0"], "--consistency: 0.0 is not above 0"),
+        (["--method", "vac", "--threshold", "0.5"], "unrecognized arguments: --threshold"),
+        (["--consistency", "1"], "unrecognized arguments: --consistency"),
+        (["--method", "vac", "--data", "."], "--data: a folder gives each image one class"),
     ],
 )
 def test_bad_options(arguments, message, capsys):
@@ -228,29 +355,89 @@ def test_bad_folders(photos, tmp_path):
     refused(photos, f"{photos / 'empty' / '0.png'} cannot be read as an image")
 
 
-@pytest.mark.parametrize(
-    ("change", "verdict"),
-    [
-        (0.1, "the claim shows here"),
-        (-0.1, "the claim did NOT show here, the opposite did"),
-        (0.0, "the claim did NOT show here, the change is within two standard errors"),
-    ],
-)
-def test_sentences_follow_from_the_numbers(change, verdict):
+VERDICTS = [
+    (0.1, "the claim shows here"),
+    (-0.1, "the claim did NOT show here, the opposite did"),
+    (0.0, "the claim did NOT show here, the change is within two standard errors"),
+]
+
+
+def around(change: float) -> torch.Tensor:
+    """100 numbers with that mean, somewhat spread."""
     generator = torch.Generator().manual_seed(0)
-    coverage = 0.4 + 0.05 * torch.randn(100, generator=generator)
-    changes = change + 0.02 * torch.randn(100, generator=generator).sort().values * torch.tensor(
-        [1.0, -1.0]
-    ).repeat(50)
+    noise = 0.02 * torch.randn(50, generator=generator)
+    return change + torch.cat([noise, -noise])
+
+
+@pytest.mark.parametrize(("change", "verdict"), VERDICTS)
+def test_sentences_of_pcl_follow_from_the_numbers(change, verdict):
+    coverage = 0.4 + around(0)
     right = torch.arange(100) % 4 != 0
 
     def evaluation(covered):
-        return findings.Evaluation(right.long(), right, right, covered, None, None)
+        return pcl.PclEvaluation(right.long(), right, right, covered, None, None)
 
-    before, after = evaluation(coverage), evaluation(coverage + changes)
-    told = findings.sentences("PCL", before, after, 2.5, {"reference": 3.0, "cpu": 1.0})
+    evaluations = {"baseline": evaluation(coverage), "pcl": evaluation(coverage + around(change))}
+    told = pcl.PclExperiment(None).sentences(evaluations, {"baseline": 2.0, "pcl": 5.0})
     assert told[1].startswith("Focus-area coverage went from ")
     assert told[1].endswith(f": {verdict}.")
     assert "Top-1 went from 75.0 % to 75.0 % (+0.0 ± 0.0 points): the claim did NOT show here" in told[2]
-    assert told[-2].endswith("a step of PCL took 2.5 times as long.")
-    assert told[-1].endswith("3.0 times the speed.")
+    assert told[-1].endswith("a step of PCL took 2.5 times as long.")
+
+
+@pytest.mark.parametrize(("change", "verdict"), VERDICTS)
+def test_sentences_of_vac_follow_from_the_numbers(change, verdict):
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randint(2, (100, 3), generator=generator)
+    noise = torch.randn(100, 3, generator=generator)
+
+    def evaluation(sharpness, inconsistency):
+        logits = noise + sharpness * (2 * target - 1)
+        return vac.VacEvaluation(
+            logits.sigmoid(), target, {"flip": inconsistency, "scale": inconsistency}, variance=2.0
+        )
+
+    before = 0.5 + around(0)
+    sharpness = {0.1: 2.0, 0.0: 1.0, -0.1: 0.0}[change]
+    evaluations = {
+        "baseline": evaluation(1.0, before),
+        "flipped": evaluation(1.0, before),
+        "vac_flip": evaluation(sharpness, before),
+        "vac_flip_scale": evaluation(1.0, before - around(change)),
+    }
+    step_ms = {"baseline": 10.0, "flipped": 20.0, "vac_flip": 21.0, "vac_flip_scale": 30.0}
+    options = train_digit_scenes.parse(["--method", "vac", "--consistency", "0.25"])
+    told = vac.VacExperiment(options).sentences(evaluations, step_ms)
+    assert told[1].startswith("mAP, VAC with flip against the baseline: from ")
+    assert told[1].endswith(f": {verdict}.")
+    assert told[2].startswith("mAP, VAC with flip against training on flipped images: from ")
+    assert told[2].endswith(f": {verdict}.")
+    assert told[3].endswith("the claim did NOT show here, the change is within two standard errors.")
+    assert told[4].startswith(
+        "Inconsistency under flip, VAC with flip and scale against the baseline: from 0.50 to"
+    )
+    assert told[4].endswith(f": {verdict}.")
+    assert "took 2.0, 2.1, 3.0 times as long" in told[-2]
+    assert told[-1] == "Lambda was 0.25; the paper's is 1."
+
+
+def test_summary_of_vac():
+    """Average precision by hand: label 0 ranks its two images first and third, label 1 ranks its one second;
+    nobody has label 2."""
+    probability = torch.tensor([[0.9, 0.8, 0.1], [0.8, 0.7, 0.2], [0.7, 0.1, 0.3], [0.2, 0.3, 0.4]])
+    target = torch.tensor([[1, 0, 0], [0, 1, 0], [1, 0, 0], [0, 0, 0]])
+    inconsistency = {"flip": torch.tensor([1.0, 2, 3, 4]), "scale": torch.full((4,), 0.5)}
+    summary = vac.VacEvaluation(probability, target, inconsistency, variance=10.0).summary()
+    assert summary["map"] == pytest.approx(((1 + 2 / 3) / 2 + 1 / 2) / 2)
+    # F1 at 0.5: label 0 is told three times, twice rightly; label 1 twice, once rightly; label 2 never.
+    assert summary["macro_f1"] == pytest.approx((0.8 + 2 / 3 + 0) / 3)
+    assert summary["flip_inconsistency"] == 2.5
+    assert summary["scale_inconsistency_of_variance"] == pytest.approx(0.05)
+
+
+def test_the_sentence_on_speed():
+    told = train_digit_scenes.op_sentence("fused_cam_erase", {"reference": 3.0, "cpu": 1.0})
+    assert told.startswith("One fused_cam_erase took 3.00 ms in eager PyTorch and 1.00 ms on the cpu backend")
+    assert told.endswith("3.0 times the speed.")
+    alone = train_digit_scenes.op_sentence("fused_cam_erase", {"reference": 3.0})
+    assert alone.endswith("no fused backend was measured here.")

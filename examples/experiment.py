@@ -1,0 +1,86 @@
+"""What one ``--method`` of ``train_digit_scenes.py`` has to say about itself."""
+
+import argparse
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+
+from digit_scenes import Scenes
+from network import Network
+from rich.table import Table
+from torch import Tensor
+from training import Method, Stage, Standardise
+
+Pairs = Mapping[str, tuple[Network, Method]]
+
+
+class TimedOp(NamedTuple):
+    """One call of the fused op that training rests on."""
+
+    name: str
+    call: Callable[[], None]
+    shapes: str
+
+
+class Evaluation(ABC):
+    """One trained network on the test images."""
+
+    @abstractmethod
+    def summary(self) -> dict[str, float | None]:
+        """The numbers that the table shows, each under its key in results.json."""
+
+
+E = TypeVar("E", bound=Evaluation)
+
+
+class Experiment(ABC, Generic[E]):
+    """Ways to train that start from the same weights and see the same batches; the first is the baseline."""
+
+    title: str
+    defaults: ClassVar[dict[str, Any]]  # of the options that all experiments have
+    no_folder: ClassVar[str] = ""  # why a folder of images will not do
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+
+    @staticmethod
+    @abstractmethod
+    def add_options(parser: argparse.ArgumentParser) -> None:
+        """Options of this experiment only."""
+
+    @abstractmethod
+    def scenes(self) -> tuple[Scenes, Scenes]:
+        """Training and test images.
+
+        Raises:
+            ValueError: the folder of images cannot be used; the message says why.
+        """
+
+    @abstractmethod
+    def methods(self, scenes: Scenes) -> dict[str, Method]:
+        """The ways to train, for these training images."""
+
+    def pretraining(self, scenes: Scenes) -> Stage | None:
+        """What the start of all of them is trained on; None leaves it random."""
+        return None
+
+    @abstractmethod
+    def evaluate(self, network: Network, method: Method, scenes: Scenes, standardise: Standardise) -> E:
+        """The network on test images."""
+
+    @abstractmethod
+    def timed_op(self, pairs: Pairs, images: Tensor) -> TimedOp:
+        """The op on the features of one batch of images."""
+
+    @abstractmethod
+    def table(self, runs: Mapping[str, Mapping[str, Any]]) -> Table:
+        """What was measured; a run is its title, its evaluation's summary and its time."""
+
+    @abstractmethod
+    def sentences(self, evaluations: Mapping[str, E], step_ms: Mapping[str, float]) -> list[str]:
+        """Plain sentences; each verdict follows from the numbers in it."""
+
+    @abstractmethod
+    def save_picture(self, path: Path, pairs: Pairs, scenes: Scenes, standardise: Standardise) -> None:
+        """What the networks look at."""
