@@ -38,7 +38,7 @@ def test_every_kernel_is_compiled(report, capability):
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_no_kernel_spills(report, capability):
-    spilling = [row for row in of(report, capability) if row["spilled_bytes"]]
+    spilling = [row for row in of(report, capability) if row["spills"]]
     assert not spilling
 
 

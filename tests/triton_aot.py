@@ -27,7 +27,7 @@ from triton.runtime.jit import JITFunction
 
 import camkernels
 import camkernels.triton
-from camkernels import _backend
+from camkernels import _backend, transforms
 
 CAPABILITIES = (80, 90, 100)
 POINTERS = {
@@ -51,15 +51,15 @@ def kernels() -> dict[str, JITFunction]:
     }
 
 
-def specialise(value: Any) -> tuple[Any, Any, Any]:
+def specialise(value: Any, by_value: bool = True) -> tuple[Any, Any, Any]:
     """Type, constant value and attributes that Triton gives an argument at a launch."""
     if isinstance(value, tuple):
-        return tuple(specialise(item)[0] for item in value), None, None
+        return tuple(specialise(item, by_value)[0] for item in value), None, None
     if isinstance(value, Tensor):
         return POINTERS[value.dtype], None, ALIGNED if value.data_ptr() % 16 == 0 else None
     if isinstance(value, float):
         return "fp32", None, None
-    if value is None or isinstance(value, bool) or value == 1:
+    if value is None or isinstance(value, bool) or (value == 1 and by_value):
         return "constexpr", value, None
     return "i32" if value < 2**31 else "i64", None, ALIGNED if value % 16 == 0 else None
 
@@ -72,7 +72,9 @@ def describe(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any])
     for place, parameter in enumerate(kernel.params):
         value = given.pop(parameter.name)
         kind, constant, attribute = (
-            ("constexpr", value, None) if parameter.is_constexpr else specialise(value)
+            ("constexpr", value, None)
+            if parameter.is_constexpr
+            else specialise(value, not parameter.do_not_specialize)
         )
         signature[parameter.name] = kind
         if kind == "constexpr":
@@ -144,6 +146,26 @@ def record() -> list[tuple[Any, ...]]:
                     fill=(0.1, 0.2, 0.3) if need_images else 0.0,
                 )
             )
+        for transform, size, size_t, classes in (
+            (transforms.HorizontalFlip(), 7, 7, 14),
+            (transforms.HorizontalFlip(), 9, 9, 80),
+            (transforms.Rotate90(1), 14, 14, 365),
+            (transforms.Translate(0.1, 0.2), 7, 7, 14),
+            (transforms.Translate(0.0, 0.2), 40, 40, 80),
+            (transforms.Affine([[0.9, 0.2, 0.0], [-0.2, 0.9, 0.1]]), 9, 9, 80),
+            (transforms.Affine(torch.eye(2, 3).expand(2, 2, 3)), 40, 40, 14),
+            (transforms.Scale(192), 7, 6, 14),
+            (transforms.Scale(192, "bilinear"), 8, 9, 80),
+        ):
+            backward(
+                camkernels.fused_cam_transform_mse(
+                    features_of(dtype, layout, size),
+                    features_of(dtype, layouts[size % 2], size_t),
+                    weight[:classes],
+                    transform,
+                    reduction="none",
+                )
+            )
     return list(launches.values())
 
 
@@ -154,15 +176,17 @@ def compile_for(capability: int, launch: tuple[Any, ...]) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin.name]
-        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    used = {key: int(number) for key, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass", cubin.name]
+        dump = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    (registers,) = re.findall(r"\bREG:(\d+)", dump)
+    assert "EXIT" in dump, "no machine code in the dump"
     return {
         "kernel": name,
         "capability": capability,
         "case": {k: v for k, v in signature.items() if v != "constexpr"} | constants,
-        "registers": used["REG"],
-        "spilled_bytes": used["STACK"] + used["LOCAL"],
+        "registers": int(registers),
+        # Counted in the machine code: a stack frame may be there that nothing goes to.
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", dump)),
         "shared_bytes": compiled.metadata.shared,
         "widest_load": max(map(int, re.findall(r"ld\.global[\w.:]*\.v(\d)", compiled.asm["ptx"])), default=1),
     }

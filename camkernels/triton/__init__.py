@@ -2,5 +2,13 @@
 
 from camkernels.triton.cam import cam_bwd, cam_fwd
 from camkernels.triton.cam_erase import cam_erase_bwd, cam_erase_fwd
+from camkernels.triton.cam_transform_mse import cam_transform_mse_bwd, cam_transform_mse_fwd
 
-__all__ = ["cam_bwd", "cam_erase_bwd", "cam_erase_fwd", "cam_fwd"]
+__all__ = [
+    "cam_bwd",
+    "cam_erase_bwd",
+    "cam_erase_fwd",
+    "cam_fwd",
+    "cam_transform_mse_bwd",
+    "cam_transform_mse_fwd",
+]

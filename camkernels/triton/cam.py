@@ -29,6 +29,8 @@ from camkernels.triton.front import (
 MANY_MAPS = 16
 # A map of at most this many pixels lies in one block of the product, which then normalises it as well.
 WHOLE_MAP = 256
+# Programs enough for a large GPU; fewer are split along their sums, and a second kernel adds the parts.
+PROGRAMS = 128
 
 
 @triton.jit
@@ -422,14 +424,16 @@ def cam_product_weight_bwd_kernel(
     grad_raw_ptr,  # [N, K, H * W]
     features_ptr,  # [N, C, H * W]
     target_ptr,  # [N, K] or None
-    grad_weight_ptr,  # [L, C]
+    grad_weight_ptr,  # [splits, L, C]
     images,
+    images_each,  # of a split
     maps,
     classes,
     channels,
     pixel_groups,  # H * W / ALIGN
     CHANNELS_LAST: tl.constexpr,
     ALIGN: tl.constexpr,
+    ADDED: tl.constexpr,  # to what is there
     BLOCK_L: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -438,12 +442,18 @@ def cam_product_weight_bwd_kernel(
     stride_c, stride_p = strides_of(channels, pixels, CHANNELS_LAST)
     program = tl.program_id(0)
     channel_blocks = tl.cdiv(channels, BLOCK_C)
+    label_blocks = tl.cdiv(classes, BLOCK_L)
     channel = program % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     present = channel < channels
-    label = (program // channel_blocks * BLOCK_L + tl.arange(0, BLOCK_L)).to(tl.int64)
+    label = (program // channel_blocks % label_blocks * BLOCK_L + tl.arange(0, BLOCK_L)).to(tl.int64)
     known = label < classes
+    split = program // (channel_blocks * label_blocks)
+    result_ptrs = grad_weight_ptr + (split * classes + label)[:, None] * channels + channel[None, :]
+    stored = known[:, None] & present[None, :]
     sums = tl.zeros([BLOCK_L, BLOCK_C], tl.float32)
-    for image in range(images):
+    if ADDED:
+        sums += tl.load(result_ptrs, mask=stored, other=0.0)
+    for image in range(split * images_each, tl.minimum((split + 1) * images_each, images)):
         first_map = tl.cast(image, tl.int64) * maps
         first_value = tl.cast(image, tl.int64) * channels * pixels
         for first in range(0, pixels, BLOCK_P):
@@ -467,8 +477,23 @@ def cam_product_weight_bwd_kernel(
             )  # [BLOCK_P, BLOCK_C]
             sums = tl.dot(grad, values.to(tl.float32), sums, input_precision="ieee")
     sums = narrow(sums, grad_weight_ptr.dtype.element_ty)
-    grad_ptrs = grad_weight_ptr + label[:, None] * channels + channel[None, :]
-    tl.store(grad_ptrs, sums, mask=known[:, None] & present[None, :])
+    tl.store(result_ptrs, sums, mask=stored)
+
+
+@triton.jit
+def sum_parts_kernel(
+    parts_ptr,  # [parts, size] float32
+    result_ptr,  # [size]
+    parts,
+    size,
+    BLOCK: tl.constexpr,
+):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    sums = tl.zeros([BLOCK], tl.float32)
+    for part in range(parts):
+        ptr = parts_ptr + tl.cast(part, tl.int64) * size
+        sums += tl.load(ptr + place, mask=place < size, other=0.0)
+    tl.store(result_ptr + place, narrow(sums, result_ptr.dtype.element_ty), mask=place < size)
 
 
 def launch_cam_fwd(
@@ -550,6 +575,79 @@ def cam_fwd(
 ) -> None:
     with on_device_of(features):
         launch_cam_fwd(features, weight, target, bias, normalize, eps, cam, cam32, extent)
+
+
+def launch_features_product(
+    grad_raw: Tensor,  # [N, K, H * W]
+    weight: Tensor,  # [L, C]
+    target: Tensor | None,  # [N, K]
+    grad_features: Tensor,  # [N, C, H, W]
+) -> None:
+    images, channels, height, width = grad_features.shape
+    align = alignment(height * width)
+    grid = images * triton.cdiv(channels, 64) * triton.cdiv(height * width, 64)
+    cam_product_features_bwd_kernel[(grid,)](
+        grad_raw,
+        weight,
+        target,
+        grad_features,
+        grad_raw.shape[1],
+        *weight.shape,
+        height * width // align,
+        CHANNELS_LAST=is_channels_last(grad_features),
+        ALIGN=align,
+        BLOCK_K=16,
+        BLOCK_C=64,
+        BLOCK_P=64,
+        num_warps=8,
+        **registers(255),
+    )
+
+
+def launch_weight_product(
+    grad_raw: Tensor,  # [N, K, H * W]
+    features: Tensor,  # [N, C, H, W]
+    target: Tensor | None,  # [N, K]
+    grad_weight: Tensor,  # [L, C], or [splits, L, C] sums over ``images_each`` images
+    images_each: int,
+    added: bool = False,
+) -> None:
+    images, channels, height, width = features.shape
+    classes = grad_weight.shape[-2]
+    align = alignment(height * width)
+    grid = triton.cdiv(classes, 64) * triton.cdiv(channels, 32) * triton.cdiv(images, images_each)
+    cam_product_weight_bwd_kernel[(grid,)](
+        grad_raw,
+        features,
+        target,
+        grad_weight,
+        images,
+        images_each,
+        grad_raw.shape[1],
+        classes,
+        channels,
+        height * width // align,
+        CHANNELS_LAST=is_channels_last(features),
+        ALIGN=align,
+        ADDED=added,
+        BLOCK_L=64,
+        BLOCK_C=32,
+        BLOCK_P=16,
+        num_warps=8,
+        **registers(255),
+    )
+
+
+def images_split(images: int, programs: int) -> tuple[int, int]:
+    """Images of a split and number of splits, for a sum over images that few programs would make."""
+    images_each = triton.cdiv(images, min(triton.cdiv(PROGRAMS, programs), images))
+    return images_each, triton.cdiv(images, images_each)
+
+
+def add_parts(parts: Tensor, result: Tensor) -> None:
+    sum_parts_kernel[(triton.cdiv(result.numel(), 1024),)](
+        parts, result, parts.shape[0], result.numel(), BLOCK=1024, num_warps=4
+    )
 
 
 def cam_bwd(
@@ -641,32 +739,6 @@ def cam_bwd(
                 )
             return
         if need_features:
-            grid = images * triton.cdiv(channels, 64) * triton.cdiv(pixels, 64)
-            cam_product_features_bwd_kernel[(grid,)](
-                grad_raw,
-                weight,
-                target,
-                grad_features,
-                *sizes,
-                **layout,
-                BLOCK_K=16,
-                BLOCK_C=64,
-                BLOCK_P=64,
-                num_warps=8,
-                **registers(255),
-            )
+            launch_features_product(grad_raw, weight, target, grad_features)
         if need_weight:
-            cam_product_weight_bwd_kernel[(triton.cdiv(classes, 64) * triton.cdiv(channels, 32),)](
-                grad_raw,
-                features,
-                target,
-                grad_weight,
-                images,
-                *sizes,
-                **layout,
-                BLOCK_L=64,
-                BLOCK_C=32,
-                BLOCK_P=16,
-                num_warps=8,
-                **registers(255),
-            )
+            launch_weight_product(grad_raw, features, target, grad_weight, images)
