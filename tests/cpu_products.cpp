@@ -63,7 +63,8 @@ void check_product(int64_t m, int64_t vectors, int64_t k, bool overwrite) {
       wanted[i * out_stride + j] = sum;
     }
   }
-  product<Real>({a.data(), 1, m}, b.data(), b_stride, found.data(), out_stride, m, k, n, overwrite);
+  product<Real>({a.data(), 1, m}, b.data(), b_stride, found.data(), out_stride, m, k, n, overwrite,
+                Nothing{});
   expect("product", found, wanted, m, n, k);
 }
 

@@ -52,7 +52,7 @@ void cam_fwd(const CamFwd& p, int64_t block_begin, int64_t block_end) {
     const T* features = static_cast<const T*>(p.features.data) + n * p.channels * p.pixels;
     if (p.channels_last) {
       dots(rows.get(), p.channels, features, p.channels, raw.get(), p.pixels, 1, count, p.pixels, p.channels,
-           staging.get(), true);
+           staging.get(), true, Nothing{});
     } else {
       panel({rows.get(), p.channels, 1}, features, p.pixels, raw.get(), p.pixels, count, p.channels, p.pixels,
             staging.get(), true);
@@ -139,7 +139,7 @@ void cam_bwd_channels(const CamBwd& p, int64_t channel_begin, int64_t channel_en
                  width, staging.get(), true);
       } else {
         dots<T>(grad_raw, p.pixels, features, p.pixels, products.get(), width, 1, p.maps, width, p.pixels,
-                staging.get(), true);
+                staging.get(), true, Nothing{});
       }
       for (int64_t k = 0; k < p.maps; ++k) {
         const int64_t row = class_of(p.target, n, k, p.maps);

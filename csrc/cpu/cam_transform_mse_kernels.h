@@ -52,6 +52,19 @@ Cells<Accumulate<T>> load_cells(const Branch& branch, int64_t image, int64_t cha
   return {to, kChannelBlock};
 }
 
+// Lets `ahead` ask for channels [channel, channel + width) of an image.
+template <typename T>
+void want_cells(const Branch& branch, int64_t image, int64_t channels, int64_t channel, int64_t width,
+                Ahead& ahead) {
+  const int64_t cells = branch.cells(), item = sizeof(T);
+  const T* features = static_cast<const T*>(branch.features.data) + image * channels * cells;
+  if (branch.channels_last) {
+    ahead.want(features + channel, width * item, channels * item, cells);
+  } else {
+    ahead.want(features + channel * cells, width * cells * item, 0, 1);
+  }
+}
+
 // Writes rows of channels, [cells][kChannelBlock], to the gradient of the features. `staging` as above.
 template <typename T>
 void store_cells(const Accumulate<T>* from, const Branch& branch, int64_t image, int64_t channels,
@@ -198,10 +211,11 @@ Cells<Real> load_weight(const AnyArray& weight, int64_t channels, int64_t first,
   return {staging, width};
 }
 
-// out[l, cell] = W D for classes [begin, end), of the D that `fill(channel, width, to, stride)` makes.
-template <typename T, typename Fill>
+// out[l, cell] = W D for classes [begin, end), of the D that `fill(channel, width, to, stride)` makes of
+// features for which `want(channel, width, ahead)` lets it ask in advance.
+template <typename T, typename Fill, typename Want>
 void class_maps(const CamTransformMse& p, int64_t cells, int64_t begin, int64_t end, Accumulate<T>* out,
-                Fill&& fill) {
+                Fill&& fill, Want&& want) {
   using Real = Accumulate<T>;
   const int64_t most = std::min(forward_block(cells), p.channels);
   const std::unique_ptr<Real[]> block(new Real[cells * padded(forward_block(cells))]);
@@ -214,9 +228,13 @@ void class_maps(const CamTransformMse& p, int64_t cells, int64_t begin, int64_t 
     }
     const Cells<Real> weight =
         load_weight(p.weight, p.channels, begin, end - begin, channel, width, rows.get());
+    Ahead ahead;
+    const int64_t next = channel + width;
+    if (next < p.channels) want(next, std::min(most, p.channels - next), ahead);
+    ahead.spread_over(dots_steps(end - begin, cells));
     for (int64_t l = 0; l < end - begin; l += kWeightRows) {
       dots<Real>(weight.at(l), weight.stride, block.get(), padded(most), out + l * cells, cells, 1,
-                 std::min(kWeightRows, end - begin - l), cells, width, nullptr, channel == 0);
+                 std::min(kWeightRows, end - begin - l), cells, width, nullptr, channel == 0, ahead);
     }
   }
 }
@@ -228,13 +246,18 @@ void branch_maps(const CamTransformMse& p, const Branch& branch, int64_t image, 
   using Real = Accumulate<T>;
   const int64_t cells = branch.cells();
   const std::unique_ptr<Real[]> staging(new Real[2 * cells * kChannelBlock]);
-  class_maps<T>(p, cells, begin, end, out, [&](int64_t channel, int64_t width, Real* to, int64_t stride) {
-    const Cells<Real> rows = load_cells<T>(branch, image, p.channels, channel, width, staging.get(),
-                                           staging.get() + cells * kChannelBlock);
-    for (int64_t cell = 0; cell < cells; ++cell) {
-      std::memcpy(to + cell * stride, rows.at(cell), width * sizeof(Real));
-    }
-  });
+  class_maps<T>(
+      p, cells, begin, end, out,
+      [&](int64_t channel, int64_t width, Real* to, int64_t stride) {
+        const Cells<Real> rows = load_cells<T>(branch, image, p.channels, channel, width, staging.get(),
+                                               staging.get() + cells * kChannelBlock);
+        for (int64_t cell = 0; cell < cells; ++cell) {
+          std::memcpy(to + cell * stride, rows.at(cell), width * sizeof(Real));
+        }
+      },
+      [&](int64_t channel, int64_t width, Ahead& ahead) {
+        want_cells<T>(branch, image, p.channels, channel, width, ahead);
+      });
 }
 
 // Two maps of as many classes as a vector has lanes, on a common grid: [cells] vectors each.
@@ -399,13 +422,19 @@ void fwd_one_grid(const CamTransformMse& p, int64_t image, int64_t begin, int64_
   const std::unique_ptr<Real[]> staging(new Real[2 * (cells + cells_t) * kChannelBlock]);
   Real* first = staging.get();
   Real* second = first + 2 * cells * kChannelBlock;
-  class_maps<T>(p, cells_t, begin, end, maps, [&](int64_t channel, int64_t width, Real* to, int64_t stride) {
-    const Cells<Real> rows =
-        load_cells<T>(p.maps, image, p.channels, channel, width, first, first + cells * kChannelBlock);
-    const Cells<Real> rows_t =
-        load_cells<T>(p.maps_t, image, p.channels, channel, width, second, second + cells_t * kChannelBlock);
-    resampler.difference(rows, rows_t, to, stride, width);
-  });
+  class_maps<T>(
+      p, cells_t, begin, end, maps,
+      [&](int64_t channel, int64_t width, Real* to, int64_t stride) {
+        const Cells<Real> rows =
+            load_cells<T>(p.maps, image, p.channels, channel, width, first, first + cells * kChannelBlock);
+        const Cells<Real> rows_t = load_cells<T>(p.maps_t, image, p.channels, channel, width, second,
+                                                 second + cells_t * kChannelBlock);
+        resampler.difference(rows, rows_t, to, stride, width);
+      },
+      [&](int64_t channel, int64_t width, Ahead& ahead) {
+        want_cells<T>(p.maps, image, p.channels, channel, width, ahead);
+        want_cells<T>(p.maps_t, image, p.channels, channel, width, ahead);
+      });
   for (int64_t l = 0; l < end - begin; ++l) {
     double sum = 0;
     for (int64_t cell = 0; cell < cells_t; ++cell) {
@@ -507,7 +536,8 @@ class ChannelGradients {
 
   // For slopes [L][cells], times factors [L] if given: adds slopes * values to the weight's gradient, if that
   // is wanted, `values` being rows of channels; writes W^T slopes to `to`, [cells][kChannelBlock], if given.
-  void add(const Real* slopes, const Real* factors, int64_t cells, const Cells<Real>& values, Real* to) {
+  void add(const Real* slopes, const Real* factors, int64_t cells, const Cells<Real>& values, Real* to,
+           Ahead& ahead) {
     for (int64_t first = 0; first < p_.classes; first += kClassBlock) {
       const int64_t count = std::min(kClassBlock, p_.classes - first);
       const Real* rows = slopes + first * cells;
@@ -520,13 +550,24 @@ class ChannelGradients {
       }
       if (to != nullptr) {
         product<Real>({rows, 1, cells}, weight_.get() + first * width_, width_, to, kChannelBlock, cells,
-                      count, width_, first == 0);
+                      count, width_, first == 0, ahead);
       }
       if (p_.grad_weight != nullptr) {
         product<Real>({rows, cells, 1}, values.data, values.stride, sums_.get() + first * width_, width_,
-                      count, cells, width_, false);
+                      count, cells, width_, false, ahead);
       }
     }
+  }
+
+  // Tiles of the products that add() makes.
+  int64_t tiles(int64_t cells, bool to) const {
+    int64_t sum = 0;
+    for (int64_t first = 0; first < p_.classes; first += kClassBlock) {
+      const int64_t count = std::min(kClassBlock, p_.classes - first);
+      if (to) sum += product_tiles<Real>(cells, width_);
+      if (p_.grad_weight != nullptr) sum += product_tiles<Real>(count, width_);
+    }
+    return sum;
   }
 
   // Adds what came together to the weight's gradient.
@@ -569,12 +610,20 @@ void cam_transform_mse_bwd(const CamTransformMse& p, int64_t image_begin, int64_
   const std::unique_ptr<Real[]> factors(new Real[p.classes]);
   ChannelGradients<T> gradients(p, begin, end);
   Resampler<Real> resampler(p);
+  const int64_t tiles = one_grid ? gradients.tiles(cells_t, need_maps || need_maps_t)
+                                 : gradients.tiles(cells, need_maps) + gradients.tiles(cells_t, need_maps_t);
 
   for (int64_t image = image_begin; image < image_end; ++image) {
     Cells<Real> rows{}, rows_t{};
     if (need_weight) {
       rows = load_cells<T>(p.maps, image, p.channels, begin, width, rows_in, staging);
       rows_t = load_cells<T>(p.maps_t, image, p.channels, begin, width, rows_in_t, staging_t);
+    }
+    Ahead ahead;
+    if (need_weight && image + 1 < image_end) {
+      want_cells<T>(p.maps, image + 1, p.channels, begin, width, ahead);
+      want_cells<T>(p.maps_t, image + 1, p.channels, begin, width, ahead);
+      ahead.spread_over(tiles);
     }
     if (one_grid) {
       if (p.matrix_per_image) resampler.locate(p, image);
@@ -584,7 +633,7 @@ void cam_transform_mse_bwd(const CamTransformMse& p, int64_t image_begin, int64_
       if (need_weight) resampler.difference(rows, rows_t, difference, kChannelBlock, width);
       const Real* kept = static_cast<const Real*>(p.kept) + image * p.classes * cells_t;
       gradients.add(kept, factors.get(), cells_t, {difference, kChannelBlock},
-                    need_maps || need_maps_t ? grad_t : nullptr);
+                    need_maps || need_maps_t ? grad_t : nullptr, ahead);
       if (need_maps) {
         resampler.scatter(grad_t, grad, cells);
       }
@@ -594,9 +643,9 @@ void cam_transform_mse_bwd(const CamTransformMse& p, int64_t image_begin, int64_
     } else {
       const int64_t at = (image - image_begin) * p.classes;
       gradients.add(static_cast<const Real*>(p.slope) + at * cells, nullptr, cells, rows,
-                    need_maps ? grad : nullptr);
+                    need_maps ? grad : nullptr, ahead);
       gradients.add(static_cast<const Real*>(p.slope_t) + at * cells_t, nullptr, cells_t, rows_t,
-                    need_maps_t ? grad_t : nullptr);
+                    need_maps_t ? grad_t : nullptr, ahead);
     }
     if (need_maps) store_cells<T>(grad, p.maps, image, p.channels, begin, width, staging);
     if (need_maps_t) store_cells<T>(grad_t, p.maps_t, image, p.channels, begin, width, staging_t);

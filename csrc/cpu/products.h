@@ -133,9 +133,9 @@ inline void product_tile(Scalars<Real> a, const Real* b, int64_t b_stride, Real*
   }
 }
 
-template <int kVectors, typename Real>
+template <int kVectors, typename Real, typename Between>
 inline void product_columns(Scalars<Real> a, const Real* b, int64_t b_stride, Real* out, int64_t out_stride,
-                            int64_t rows, int64_t depth, bool overwrite) {
+                            int64_t rows, int64_t depth, bool overwrite, Between& between) {
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
   for (int64_t tile = 0, m = 0; tile < tiles; ++tile) {
     const int64_t count = (rows - m) / (tiles - tile);  // as even as can be
@@ -144,23 +144,32 @@ inline void product_columns(Scalars<Real> a, const Real* b, int64_t b_stride, Re
     with_count<kTileRows>(count, [&](auto size) {
       product_tile<decltype(size)::value, kVectors>(part, b, b_stride, to, out_stride, depth, overwrite);
     });
+    between();
     m += count;
   }
 }
 
 // out[m, j] = sum_r a(m, r) * b[r, j] (added to out unless `overwrite`); columns are a whole number of
-// vectors. Unlike panel it sums in registers all along `depth`, for operands in cache.
-template <typename Real>
+// vectors. Unlike panel it sums in registers all along `depth`, for operands in cache. Calls between() after
+// every tile.
+template <typename Real, typename Between>
 inline void product(Scalars<Real> a, const Real* b, int64_t b_stride, Real* out, int64_t out_stride,
-                    int64_t rows, int64_t depth, int64_t columns, bool overwrite) {
+                    int64_t rows, int64_t depth, int64_t columns, bool overwrite, Between&& between) {
   constexpr int64_t kLanes = Lanes<Real>::kCount;
   for (int64_t j = 0; j < columns; j += kTileVectors * kLanes) {
     const int64_t left = (columns - j) / kLanes;
     with_count<kTileVectors>(left < kTileVectors ? left : kTileVectors, [&](auto vectors) {
       product_columns<decltype(vectors)::value>(a, b + j, b_stride, out + j, out_stride, rows, depth,
-                                                overwrite);
+                                                overwrite, between);
     });
   }
+}
+
+// Tiles of such a product.
+template <typename Real>
+inline int64_t product_tiles(int64_t rows, int64_t columns) {
+  constexpr int64_t kColumns = kTileVectors * Lanes<Real>::kCount;
+  return (rows + kTileRows - 1) / kTileRows * ((columns + kColumns - 1) / kColumns);
 }
 
 template <typename Real>
@@ -250,10 +259,10 @@ constexpr int kDotGroup = 2 * kDotColumns;
 
 // out[m, i] = sum_j a[m, j] * b[i, j] (added to out unless `overwrite`); rows of both are contiguous.
 // `staging` holds kDotGroup * depth elements if T is a half type.
-template <typename T>
+template <typename T, typename Between>
 inline void dots(const Accumulate<T>* a, int64_t a_stride, const T* b, int64_t b_stride, Accumulate<T>* out,
                  int64_t out_row_stride, int64_t out_column_stride, int64_t rows, int64_t columns,
-                 int64_t depth, Accumulate<T>* staging, bool overwrite) {
+                 int64_t depth, Accumulate<T>* staging, bool overwrite, Between&& between) {
   using Real = Accumulate<T>;
   const Real* line[kDotGroup];
   const int64_t row_tiles = (rows + kDotRows - 1) / kDotRows;
@@ -276,11 +285,57 @@ inline void dots(const Accumulate<T>* a, int64_t a_stride, const T* b, int64_t b
           });
         });
       }
+      between();
       m += count;
     }
     first += group;
   }
 }
+
+// Calls of between() that such a product makes.
+inline int64_t dots_steps(int64_t rows, int64_t columns) {
+  return (rows + kDotRows - 1) / kDotRows * ((columns + kDotGroup - 1) / kDotGroup);
+}
+
+struct Nothing {
+  void operator()() const {}
+};
+
+// Asks for memory that is wanted soon, some lines at a time between the tiles of a product: the processor's
+// own prefetcher does not foresee a jump to the next block.
+class Ahead {
+ public:
+  // `rows` pieces of `bytes`, each `stride` bytes after the last.
+  void want(const void* first, int64_t bytes, int64_t stride, int64_t rows) {
+    if (count_ < 2) pieces_[count_++] = {static_cast<const char*>(first), bytes, stride, rows, 0};
+  }
+  void spread_over(int64_t steps) {
+    int64_t lines = 0;
+    for (int i = 0; i < count_; ++i) lines += pieces_[i].rows * ((pieces_[i].bytes + kLine - 1) / kLine);
+    lines_per_step_ = (lines + steps - 1) / steps;
+  }
+  void operator()() {
+    for (int64_t line = 0; line < lines_per_step_ && current_ < count_; ++line) {
+      Piece& piece = pieces_[current_];
+      __builtin_prefetch(piece.first + piece.done, 0, 2);
+      piece.done += kLine;
+      if (piece.done < piece.bytes) continue;
+      piece.first += piece.stride;
+      piece.done = 0;
+      if (--piece.rows == 0) ++current_;
+    }
+  }
+
+ private:
+  struct Piece {
+    const char* first;
+    int64_t bytes, stride, rows, done;
+  };
+  static constexpr int64_t kLine = 64;
+  Piece pieces_[2];
+  int count_ = 0, current_ = 0;
+  int64_t lines_per_step_ = 0;
+};
 
 template <int kStep, typename Real, int... kLane>
 inline void transpose_step(Vector<Real>* rows, std::integer_sequence<int, kLane...> lanes) {
