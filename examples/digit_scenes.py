@@ -51,14 +51,17 @@ class Scene(NamedTuple):
     boxes: tuple[Box, ...]
 
 
-def digit_scenes(train: int, test: int, seed: int) -> tuple[Scenes, Scenes]:
-    """Scenes of one class each; training and test share neither a digit nor a part of a photograph."""
+def digit_scenes(train: int, test: int, seed: int, mirrored: bool = False) -> tuple[Scenes, Scenes]:
+    """Scenes of one class each; training and test share neither a digit nor a part of a photograph.
+
+    ``mirrored`` turns about every other digit round.
+    """
 
     def choose(count: int, classes: int, rng: np.random.Generator) -> NDArray[np.bool_]:
         labels = rng.permutation(np.arange(count) % classes)
         return np.arange(classes) == labels[:, None]
 
-    parts = _scenes((train, test), choose, INSTANCES, False, seed)
+    parts = _scenes((train, test), choose, INSTANCES, mirrored, seed)
     one, two = (replace(part, labels=part.labels.argmax(1)) for part in parts)
     return one, two
 
@@ -66,8 +69,8 @@ def digit_scenes(train: int, test: int, seed: int) -> tuple[Scenes, Scenes]:
 def multi_label_scenes(train: int, test: int, seed: int) -> tuple[Scenes, Scenes]:
     """The same with several classes in each scene.
 
-    About every other digit is mirrored, so that a mirrored scene is as likely as the scene itself. That holds
-    for photographs of people and things, and not for handwriting as it is.
+    About every other digit is turned round, so that a mirrored scene is as likely as the scene itself. That
+    holds for photographs of people and things, and not for handwriting as it is.
     """
 
     def choose(count: int, classes: int, rng: np.random.Generator) -> NDArray[np.bool_]:

@@ -130,7 +130,7 @@ def compare(experiment: Experiment[Any], options: argparse.Namespace, console: C
     console.print(
         f"{len(train_scenes.labels)} training and {len(test_scenes.labels)} test images of "
         f"{len(train_scenes.classes)} classes; {options.epochs} epochs each of "
-        f"{', '.join(method.title for method in methods.values())}; on {options.device}"
+        f"{'; '.join(method.title for method in methods.values())}; on {options.device}"
     )
 
     networks: dict[str, Network] = {}
