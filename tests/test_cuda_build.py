@@ -16,13 +16,19 @@ from camkernels import _C
 
 ROOT = Path(__file__).parent.parent
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-# Kernels that read features or images: memory-bound, so two blocks of 512 threads must fit a multiprocessor.
+# Kernels that read features or images: memory-bound, so two of their blocks must fit a multiprocessor. That
+# leaves a thread 64 registers where a block has 512 threads, 80 where it has 384.
 STREAMING = (
-    r"cam_fwd_kernel<\w+, (true|false), 1>",
-    r"cam_bwd_rows_kernel<\w+, (true|false)>",
-    r"cam_erase_fwd_kernel<\w+, (true|false), (true|false)>",
-    r"cam_erase_bwd_soft_kernel<\w+>",
-    r"cam_erase_bwd_hard_kernel",
+    (r"cam_fwd_kernel<\w+, (true|false), 1>", 64),
+    (r"cam_bwd_rows_kernel<\w+, (true|false)>", 64),
+    (r"cam_erase_fwd_kernel<\w+, (true|false), (true|false)>", 64),
+    (r"cam_erase_bwd_soft_kernel<\w+>", 64),
+    (r"cam_erase_bwd_hard_kernel", 64),
+    (r"cam_transform_mse_fwd_kernel<\w+, true>", 64),
+    (r"cam_transform_mse_fwd_kernel<\w+, false>", 80),
+    (r"cam_transform_features_kernel<\w+>", 64),
+    (r"cam_transform_weight_kernel<\w+, (true|false)>", 80),
+    (r"cam_transform_slopes_kernel<\w+>", 80),
 )
 
 
@@ -76,11 +82,11 @@ def test_nothing_spills(resources):
     assert not spilling
 
 
-@pytest.mark.parametrize("pattern", STREAMING)
-def test_streaming_kernels_fill_half_a_multiprocessor(resources, pattern):
+@pytest.mark.parametrize("pattern, registers", STREAMING)
+def test_streaming_kernels_fill_half_a_multiprocessor(resources, pattern, registers):
     rows = [row for row in resources if re.search(rf"\b{pattern}\(", row["kernel"])]
     assert {row["arch"] for row in rows} == set(built_architectures())
-    assert max(row["registers"] for row in rows) <= 64
+    assert max(row["registers"] for row in rows) <= registers
 
 
 def test_shared_memory_is_all_dynamic(resources):

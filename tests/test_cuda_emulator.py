@@ -21,7 +21,16 @@ from closeness import assert_as_close_as
 from cuda_emulator import emulation
 from cuda_emulator.emulation import Emulator
 
-from camkernels import _backend, fused_cam, fused_cam_erase, reference
+from camkernels import _backend, fused_cam, fused_cam_erase, fused_cam_transform_mse, reference
+from camkernels.transforms import (
+    Affine,
+    HorizontalFlip,
+    Rotate90,
+    Scale,
+    Transform,
+    Translate,
+    VerticalFlip,
+)
 
 CLUSTERS = (1, 2, 4, 8)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -49,7 +58,7 @@ def emulator(library, monkeypatch):
     return kernels
 
 
-def assert_matches(ours, theirs, inputs, names):
+def assert_matches(ours, theirs, inputs, names, margin=MARGIN):
     """Values and gradients as close to the float64 reference as PyTorch's own at this dtype."""
     found = run("triton", ours, inputs)
     plain = run("reference", theirs, as_plain(inputs))
@@ -59,7 +68,7 @@ def assert_matches(ours, theirs, inputs, names):
         if exact is None:
             assert mine is None or not mine.any(), name
         else:
-            assert_as_close_as(mine, other, exact, MARGIN, name)
+            assert_as_close_as(mine, other, exact, margin, name)
     return found
 
 
@@ -74,12 +83,14 @@ def cam_matches(inputs, target, **options):
     return assert_matches(ours, theirs, inputs, names[: 1 + len(inputs)])
 
 
-def rotated(cases):
-    """Each case with a number of its own, which draws the cluster size and the seed.
+def sampled(cases, step):
+    """All cases; under the sanitizers, several times slower, a part of them."""
+    return list(cases)[:: step if emulation.SANITIZE in os.environ else 1]
 
-    Under the sanitizers, several times slower, every eleventh: a step that meets each value of each factor.
-    """
-    numbered = list(enumerate(cases))[:: 11 if emulation.SANITIZE in os.environ else 1]
+
+def rotated(cases):
+    """Each case with a number of its own, which draws the cluster size and the seed."""
+    numbered = sampled(enumerate(cases), 11)  # a step that meets each value of each factor
     return [pytest.param(number, case, id=f"{number}-{case}-C{case.channels}") for number, case in numbered]
 
 
@@ -201,6 +212,180 @@ def test_soft_erasing(emulator, number, case):
         assert_as_close_as(mine, other, exact, MARGIN, name)
 
 
+TURNED = [[0.955, -0.296, 0.1], [0.296, 0.955, -0.2]]
+# Image by image: turned and partly outside; all of it inside; nothing of it inside.
+MATRICES = [TURNED, [[0.5, 0.0, 0.1], [0.0, 0.4, 0.0]], [[1.0, 0.0, 3.0], [0.0, 1.0, 0.0]]]
+TRANSFORMS: list[tuple[str, Transform, tuple[int, int], tuple[int, int]]] = [
+    ("flip", HorizontalFlip(), (7, 7), (7, 7)),
+    ("flip wide", HorizontalFlip(), (3, 45), (3, 45)),
+    ("upside down", VerticalFlip(), (14, 14), (14, 14)),
+    ("quarter turn", Rotate90(1), (5, 9), (9, 5)),
+    ("half turn", Rotate90(2), (5, 9), (5, 9)),
+    ("back a quarter", Rotate90(-1), (4, 23), (23, 4)),
+    ("moved", Translate(0.21, -0.13), (7, 7), (7, 7)),
+    ("moved far", Translate(0.4, 0.31), (9, 17), (9, 17)),
+    ("moved by cells", Translate(1 / 7, -2 / 7), (7, 7), (7, 7)),
+    ("moved one way", Translate(0.0, 0.1), (6, 1), (6, 1)),
+    ("affine", Affine(TURNED), (7, 7), (7, 7)),
+    ("affine each", Affine(MATRICES), (6, 9), (6, 9)),
+    ("affine large", Affine(MATRICES), (11, 17), (11, 17)),
+    ("nearest 7 6", Scale(6), (7, 7), (6, 6)),
+    ("nearest 5 12", Scale(6), (5, 3), (12, 4)),
+    ("nearest 1", Scale(6), (1, 1), (3, 5)),
+    ("bilinear 7 6", Scale(6, "bilinear"), (7, 7), (6, 6)),
+    ("bilinear 3 14", Scale(6, "bilinear"), (3, 40), (14, 37)),
+    ("bilinear 1", Scale(6, "bilinear"), (4, 3), (1, 1)),
+    ("bilinear same", Scale(6, "bilinear"), (5, 8), (5, 8)),
+]
+LAYOUT_PAIRS = (
+    ("contiguous", "contiguous"),
+    ("channels_last", "channels_last"),
+    ("offset", "channels_last"),
+    ("channels_last", "offset"),
+)
+
+
+def pair(case, shape_t, layout_t=None):
+    """Features of an image, of the transformed image, and weights."""
+    other = replace(case, shape=shape_t, layout=layout_t or case.layout, seed=case.seed + 1)
+    return [case.features(), other.features(), case.weight()]
+
+
+def transform_matches(inputs, transform):
+    def ours(features, features_t, weight):
+        return fused_cam_transform_mse(features, features_t, weight, transform, reduction="none")
+
+    def theirs(features, features_t, weight):
+        return reference.cam_transform_mse(features, features_t, weight, transform, reduction="none")
+
+    # PyTorch adds up thousands of cells in blocks, a thread in a row.
+    names = "means", "grad_features", "grad_features_t", "grad_weight"
+    return assert_matches(ours, theirs, inputs, names, margin=4.0)
+
+
+@pytest.mark.parametrize(
+    "index, dtype",
+    [
+        pytest.param(index, dtype, id=f"{TRANSFORMS[index][0]}-{str(dtype)[6:]}")
+        for index, dtype in sampled(itertools.product(range(len(TRANSFORMS)), DTYPES), 2)
+    ],
+)
+def test_transforms(emulator, index, dtype):
+    number = index * 5 + DTYPES.index(dtype) * 3  # no two factors in step
+    _, transform, shape, shape_t = TRANSFORMS[index]
+    layout, layout_t = LAYOUT_PAIRS[number % 4]
+    case = Case(
+        dtype=dtype,
+        layout=layout,
+        shape=shape,
+        maps=("signed", "ties", "constant")[number // 2 % 3],
+        channels=(40, 33, 100)[number % 3],
+        classes=(6, 1, 21)[number // 3 % 3],
+        weight_dtype=torch.float32 if number % 2 else None,
+    )
+    inputs = pair(case, shape_t, layout_t)
+    if (index + DTYPES.index(dtype)) % 3 == 0:
+        inputs[0][0, 0, shape[0] // 2, shape[1] // 2] = torch.nan  # a cell that all these transforms read
+        if transform.resampling(*shape) and transform.valid(inputs[0]) is None:
+            inputs[1][1, -1, -1, -1] = torch.inf  # which nothing else must read, as inf - inf is NaN
+    with emulator.on(cluster=CLUSTERS[number // 2 % 4], seed=number, threads=(64, 128)[number // 4 % 2]):
+        transform_matches(inputs, transform)
+    launched = 2 if isinstance(transform, (HorizontalFlip, VerticalFlip, Rotate90)) else 3
+    assert emulator.launches["cam_transform_mse_fwd"] == 1
+    assert emulator.launches["cam_transform_mse_bwd"] == launched
+
+
+@pytest.mark.parametrize("name", ["flip wide", "affine large", "nearest 7 6", "bilinear 7 6"])
+@pytest.mark.parametrize("cluster", [1, 4])
+def test_transforms_of_many_labels(emulator, name, cluster):
+    """Tiles of several warps' rows, and more of them than one; more labels than channels."""
+    _, transform, shape, shape_t = next(entry for entry in TRANSFORMS if entry[0] == name)
+    case = Case(shape=shape, classes=150, channels=70, images=3)
+    with emulator.on(cluster=cluster, threads=512, seed=cluster):
+        transform_matches(pair(case, shape_t), transform)
+
+
+@pytest.mark.parametrize(
+    "transform, shape_t",
+    [
+        (Rotate90(1), (53, 56)),
+        (Affine(TURNED), (56, 53)),
+        (Scale(6), (48, 47)),
+        (Scale(6, "bilinear"), (28, 53)),
+    ],
+    ids=["permuted", "affine", "nearest", "bilinear"],
+)
+def test_transforms_of_large_maps(emulator, transform, shape_t):
+    """Not all labels of a tile fit into shared memory."""
+    case = Case(shape=(56, 53), channels=5, classes=20, images=1)
+    with emulator.on(cluster=2):
+        transform_matches(pair(case, shape_t), transform)
+
+
+@pytest.mark.parametrize(
+    "transform", [HorizontalFlip(), Affine(TURNED), Scale(6), Scale(6, "bilinear")], ids=type
+)
+def test_transforms_do_not_depend_on_the_order_of_threads(emulator, transform):
+    shape_t = (6, 7) if isinstance(transform, Scale) else (5, 9)
+    inputs = pair(Case(shape=(5, 9), channels=70, images=2), shape_t)
+    results = []
+    for seed in range(4):
+        with emulator.on(seed=seed, cluster=4, threads=128):
+            found = run("triton", fused_cam_transform_mse, inputs, transform)
+        results.append(found.values + found.grads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("need", sampled(itertools.product((True, False), repeat=3), 3), ids=str)
+@pytest.mark.parametrize("name", ["flip", "affine each", "affine large", "nearest 7 6"])
+def test_only_wanted_gradients_of_transforms(emulator, name, need):
+    _, transform, shape, shape_t = next(entry for entry in TRANSFORMS if entry[0] == name)
+    inputs = pair(Case(shape=shape, channels=36), shape_t)
+    full = run("triton", fused_cam_transform_mse, inputs, transform)
+    some = run("triton", fused_cam_transform_mse, inputs, transform, needed=need)
+    assert torch.equal(full.values[0], some.values[0])
+    for wanted, everything, one in zip(need, full.grads, some.grads, strict=True):
+        assert torch.equal(everything, one) if wanted else one is None
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_cells_that_do_not_count(emulator, layout):
+    """A NaN in what no valid cell reads, or in a weight, reaches no cell that is not valid."""
+    case = Case(shape=(5, 5), layout=layout, channels=8)
+    features, features_t, weight = pair(case, (5, 5))
+    right = Translate(0.4, 0.0)  # two cells: the last two columns are read by none, the first two not valid
+    features[..., 3:] = torch.nan
+    features_t[..., :2] = torch.nan
+    inputs = features, features_t, weight
+    found = run("triton", fused_cam_transform_mse, inputs, right)
+    clean = run("triton", fused_cam_transform_mse, [x.nan_to_num(0.0) for x in inputs], right)
+    for ours, other in zip(found.values + found.grads, clean.values + clean.grads, strict=True):
+        assert torch.equal(ours, other)
+    weight[1, 3] = torch.nan
+    arguments = right.resampling(5, 5).flat()
+    with emulator.on(cluster=2):
+        means, kept = torch.ops.camkernels.cam_transform_mse_fwd(
+            features, features_t, weight, None, *arguments, 0, True, "triton"
+        )
+    kept = kept.view(3, case.classes, 5, 5)
+    assert not kept[..., :2].any()
+    assert torch.equal(means.isnan(), torch.arange(case.classes).eq(1).expand(3, -1))
+    assert kept[:, 1, :, 2:].isnan().all()
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [Rotate90(0), Translate(0.0, 0.0), Affine([[1, 0, 0], [0, 1, 0]]), Scale(7), Scale(7, "bilinear")],
+    ids=str,
+)
+def test_nothing_changed(emulator, transform):
+    inputs = pair(Case(channels=40, classes=20), (7, 7))
+    inputs[1] = inputs[0].clone()
+    found = run("triton", fused_cam_transform_mse, inputs, transform)
+    assert all(not tensor.any() for tensor in found.values + found.grads)
+
+
 @pytest.mark.parametrize("vectors", [True, False], ids=["vectors", "scalars"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("channels, maps", [(4800, 1), (800, 9)], ids=["1 map", "9 maps"])
@@ -297,6 +482,9 @@ def test_limits_are_named(emulator):
             fused_cam(wide, weight, target)
         with pytest.raises(RuntimeError, match="up to 16 different fill values, not 17"):
             fused_cam_erase(wide[..., :2, :2], weight, target, torch.zeros(1, 17, 4, 4), fill=list(range(17)))
+        message = r"cam_transform_mse_fwd: a map of 400 x 400 needs .* bytes of shared memory"
+        with pytest.raises(RuntimeError, match=message):
+            fused_cam_transform_mse(wide, wide, weight, HorizontalFlip())
 
 
 def test_maps_whose_pixels_no_int_counts(emulator):
@@ -319,6 +507,13 @@ def test_maps_whose_pixels_no_int_counts(emulator):
         emulator.cam_erase_fwd(huge, weight, target, image, *erase, 1e-8, image, huge, none, extent)
     with pytest.raises(RuntimeError, match=f"cam_erase_bwd: {message}"):
         emulator.cam_erase_bwd(image, None, None, huge, *erase, True, False, image, none)
+    flip = *HorizontalFlip().resampling(65536, 65536).flat(), 0
+    with pytest.raises(RuntimeError, match=f"cam_transform_mse_fwd: {message}"):
+        emulator.cam_transform_mse_fwd(huge, huge, weight, None, *flip, True, extent, huge)
+    with pytest.raises(RuntimeError, match=f"cam_transform_mse_bwd: {message}"):
+        emulator.cam_transform_mse_bwd(
+            extent, small, huge, weight, None, huge, *flip, True, True, True, small, huge, weight
+        )
     with pytest.raises(RuntimeError, match="an image of 4294967296 elements is larger"):
         emulator.cam_erase_fwd(small, weight, target, huge, *erase, 1e-8, huge, small, none, extent)
 

@@ -34,10 +34,10 @@ step doctor 30 "$python" -m camkernels doctor
 host_only=(cuda_emulator cuda_build triton_aot benchmarks examples backend bad_input properties
   pairwise_consistency weighted_bce attention_consistency)
 ignored=("${host_only[@]/#/--ignore=tests/test_}")
-step tests 180 "$python" -m pytest tests -q -n "$(($(nproc) < 8 ? $(nproc) : 8))" "${ignored[@]/%/.py}"
+step tests 200 "$python" -m pytest tests -q -n "$(($(nproc) < 8 ? $(nproc) : 8))" "${ignored[@]/%/.py}"
 PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
 for tool in memcheck racecheck synccheck initcheck; do
-  step "$tool" 30 compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" tools/sanitizer_case.py
+  step "$tool" 40 compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" tools/sanitizer_case.py
 done
 # First without torch.compile, whose compilations may not fit into what is left; a second run that ends in
 # time replaces the results of the first.

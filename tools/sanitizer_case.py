@@ -5,6 +5,21 @@ import itertools
 import torch
 
 import camkernels
+from camkernels.transforms import Affine, HorizontalFlip, Scale, Translate
+
+# One for each path of the kernels: permutations, other moves, both kinds of common grid.
+TURNED = torch.tensor([[0.9, 0.2, 0.1], [-0.2, 0.9, 0.0]])
+SCALES = (Scale(96), Scale(96, "bilinear"))
+
+
+def transform_losses(features: torch.Tensor, weight: torch.Tensor) -> None:
+    for transform in (HorizontalFlip(), Translate(0.2, -0.1), Affine(TURNED.to(features.device)), *SCALES):
+        features_t = features.detach().flip(0)
+        if transform in SCALES:
+            features_t = features_t[:, :, 1:, :-1].contiguous()
+        camkernels.fused_cam_transform_mse(
+            features, features_t.requires_grad_(), weight, transform
+        ).backward()
 
 
 def main() -> None:
@@ -27,6 +42,8 @@ def main() -> None:
                     features, weight, target, images, sharpness=sharpness
                 )
                 (erased.float().sum() + cam.float().square().sum()).backward()
+            transform_losses(features, weight)
+            transform_losses(features, weight.repeat(14, 1))
             for classes in (target, target[:, None].expand(2, 3).contiguous(), None):
                 camkernels.fused_cam(features, weight, classes).float().square().sum().backward()
     torch.cuda.synchronize()

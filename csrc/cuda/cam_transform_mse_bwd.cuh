@@ -398,7 +398,7 @@ __global__ void __launch_bounds__(kRoomyThreads, 2)
     stage_features<T, kOneGrid>(maps, image, channel, maps.channels, tiling.columns(), reads, kDepth,
                                 factors.right, 1, tiling.right_stride());
     __syncthreads();
-    sums.add(tiling, factors, depth);
+    sums.add<true>(tiling, factors, depth);
   }
   sums.deposit(tiling, tile, tiling.columns(), labels, channels);
   const RowShare share = row_share(labels, rank, size);

@@ -29,6 +29,8 @@ struct CommonGrid {
   float scale_x;
   float scale_y_other;
   float scale_x_other;
+  bool copies;  // `one` is as large as the common grid: nothing lies between its cells
+  bool copies_other;
 };
 
 inline CommonGrid common_grid_of(const Geometry& geometry) {
@@ -41,6 +43,8 @@ inline CommonGrid common_grid_of(const Geometry& geometry) {
   grid.scale_x = resample_scale<float>(grid.one.width, grid.width);
   grid.scale_y_other = resample_scale<float>(grid.other.height, grid.height);
   grid.scale_x_other = resample_scale<float>(grid.other.width, grid.width);
+  grid.copies = grid.one.height == grid.height && grid.one.width == grid.width;
+  grid.copies_other = grid.other.height == grid.height && grid.other.width == grid.width;
   return grid;
 }
 
@@ -97,15 +101,15 @@ struct FineRow {
 };
 
 __device__ __forceinline__ FineRow fine_row(const CommonGrid& grid, int y) {
-  return {source_taps(y, grid.scale_y, grid.one.height, false),
-          source_taps(y, grid.scale_y_other, grid.other.height, false)};
+  return {source_taps(y, grid.scale_y, grid.one.height, grid.copies),
+          source_taps(y, grid.scale_y_other, grid.other.height, grid.copies_other)};
 }
 
 __device__ __forceinline__ float fine_difference(const CommonGrid& grid, const float* one, const float* other,
                                                  const FineRow& row, int x) {
-  return sample(one, grid.one.width, row.one, source_taps(x, grid.scale_x, grid.one.width, false)) -
+  return sample(one, grid.one.width, row.one, source_taps(x, grid.scale_x, grid.one.width, grid.copies)) -
          sample(other, grid.other.width, row.other,
-                source_taps(x, grid.scale_x_other, grid.other.width, false));
+                source_taps(x, grid.scale_x_other, grid.other.width, grid.copies_other));
 }
 
 // This lane's part of the mean of squared differences.
@@ -155,8 +159,8 @@ __device__ __forceinline__ void write_rows(MapSize size, const FineBuffers& buff
 }
 
 // Adds a piece of a fine row, cells [begin, end), to this lane's columns of one map.
-__device__ __forceinline__ void add_piece(MapSize size, int ratio, float scale, const FineBuffers& buffers,
-                                          int offset, int begin, int end) {
+__device__ __forceinline__ void add_piece(MapSize size, int ratio, float scale, bool copies,
+                                          const FineBuffers& buffers, int offset, int begin, int end) {
 #pragma unroll 1
   for (int column = threadIdx.x % kWarp; column < size.width; column += kWarp) {
     // All fine cells that read the column lie within this window, the outermost perhaps do not.
@@ -165,7 +169,7 @@ __device__ __forceinline__ void add_piece(MapSize size, int ratio, float scale, 
     float sum = buffers.across(offset + column);
 #pragma unroll 1
     for (int x = first; x < last; ++x) {
-      const Taps<float> taps = source_taps(x, scale, size.width, false);
+      const Taps<float> taps = source_taps(x, scale, size.width, copies);
       const float value = buffers.piece(x - begin);
       if (taps.low == taps.high) {
         if (taps.low == column) sum += value;
@@ -230,8 +234,9 @@ __device__ inline void bilinear_gradient(const CommonGrid& grid, const float* on
         buffers.piece(x - begin) = fine_difference(grid, one, other, taps, x);
       }
       __syncwarp();
-      add_piece(grid.one, grid.width / width, grid.scale_x, buffers, 0, begin, end);
-      add_piece(grid.other, grid.width / grid.other.width, grid.scale_x_other, buffers, width, begin, end);
+      add_piece(grid.one, grid.width / width, grid.scale_x, grid.copies, buffers, 0, begin, end);
+      add_piece(grid.other, grid.width / grid.other.width, grid.scale_x_other, grid.copies_other, buffers,
+                width, begin, end);
     }
     add_row(grid.one, taps.one, buffers, 0);
     add_row(grid.other, taps.other, buffers, width);

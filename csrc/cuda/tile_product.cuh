@@ -91,26 +91,20 @@ struct TileSums {
     column = within % tiling.across * kWarpColumns + lane % kLanesAcross * kThreadColumns;
   }
 
-  // Adds the products of the first `depth` staged terms.
+  // Adds the products of the first `depth` staged terms. With kByThemselves they are summed by themselves
+  // first: of thousands of terms in a row, all alike, the rounding would grow with each.
+  template <bool kByThemselves = false>
   __device__ __forceinline__ void add(const Tiling& tiling, const Factors& factors, int depth) {
-    static_assert(kThreadRows == 4 && kThreadColumns == 4, "one 16-byte load each");
-    const int begin = depth * group / tiling.deep;
-    const int end = depth * (group + 1) / tiling.deep;
-    const float* left = factors.left + begin * tiling.left_stride() + row;
-    const float* right = factors.right + begin * tiling.right_stride() + column;
-#pragma unroll 4
-    for (int k = begin; k < end; ++k) {
-      const float4 l = *reinterpret_cast<const float4*>(left);
-      const float4 r = *reinterpret_cast<const float4*>(right);
-      const float rows[kThreadRows] = {l.x, l.y, l.z, l.w};
-      const float columns[kThreadColumns] = {r.x, r.y, r.z, r.w};
+    float part[kThreadRows][kThreadColumns] = {};
+    if constexpr (kByThemselves) {
+      add_to(part, tiling, factors, depth);
 #pragma unroll
       for (int i = 0; i < kThreadRows; ++i) {
 #pragma unroll
-        for (int j = 0; j < kThreadColumns; ++j) at[i][j] = fmaf(rows[i], columns[j], at[i][j]);
+        for (int j = 0; j < kThreadColumns; ++j) at[i][j] += part[i][j];
       }
-      left += tiling.left_stride();
-      right += tiling.right_stride();
+    } else {
+      add_to(at, tiling, factors, depth);
     }
   }
 
@@ -132,6 +126,30 @@ struct TileSums {
         }
       }
       __syncthreads();
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void add_to(float (&to)[kThreadRows][kThreadColumns], const Tiling& tiling,
+                                         const Factors& factors, int depth) const {
+    static_assert(kThreadRows == 4 && kThreadColumns == 4, "one 16-byte load each");
+    const int begin = depth * group / tiling.deep;
+    const int end = depth * (group + 1) / tiling.deep;
+    const float* left = factors.left + begin * tiling.left_stride() + row;
+    const float* right = factors.right + begin * tiling.right_stride() + column;
+#pragma unroll 4
+    for (int k = begin; k < end; ++k) {
+      const float4 l = *reinterpret_cast<const float4*>(left);
+      const float4 r = *reinterpret_cast<const float4*>(right);
+      const float rows[kThreadRows] = {l.x, l.y, l.z, l.w};
+      const float columns[kThreadColumns] = {r.x, r.y, r.z, r.w};
+#pragma unroll
+      for (int i = 0; i < kThreadRows; ++i) {
+#pragma unroll
+        for (int j = 0; j < kThreadColumns; ++j) to[i][j] = fmaf(rows[i], columns[j], to[i][j]);
+      }
+      left += tiling.left_stride();
+      right += tiling.right_stride();
     }
   }
 };

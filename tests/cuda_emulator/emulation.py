@@ -197,6 +197,8 @@ _CommonGrid = _struct(
     scale_x=_F32,
     scale_y_other=_F32,
     scale_x_other=_F32,
+    copies=_Bool,
+    copies_other=_Bool,
 )
 _MapPlan = _struct("MapPlan", tiling=_I32 * 3, labels=_I32)
 _CamTransformMseFwd = _struct(
