@@ -51,17 +51,14 @@ class Scene(NamedTuple):
     boxes: tuple[Box, ...]
 
 
-def digit_scenes(train: int, test: int, seed: int, mirrored: bool = False) -> tuple[Scenes, Scenes]:
-    """Scenes of one class each; training and test share neither a digit nor a part of a photograph.
-
-    ``mirrored`` turns about every other digit round.
-    """
+def digit_scenes(train: int, test: int, seed: int) -> tuple[Scenes, Scenes]:
+    """Scenes of one class each; training and test share neither a digit nor a part of a photograph."""
 
     def choose(count: int, classes: int, rng: np.random.Generator) -> NDArray[np.bool_]:
         labels = rng.permutation(np.arange(count) % classes)
         return np.arange(classes) == labels[:, None]
 
-    parts = _scenes((train, test), choose, INSTANCES, mirrored, seed)
+    parts = _scenes((train, test), choose, INSTANCES, False, seed)
     one, two = (replace(part, labels=part.labels.argmax(1)) for part in parts)
     return one, two
 

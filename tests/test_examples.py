@@ -145,14 +145,6 @@ def test_training_and_test_share_no_digit(compose):
     assert not used[0] & used[1]
 
 
-def test_pretraining_sees_no_digit_of_the_test():
-    options = train_digit_scenes.parse(["--method", "vac", "--train-scenes", "200", "--test-scenes", "200"])
-    _, test = vac.VacExperiment(options).scenes()
-    single, _ = digit_scenes.digit_scenes(200, 0, options.seed, mirrored=True)
-    used = [{i for sources in part.sources for i in sources} for part in (single, test)]
-    assert not used[0] & used[1]
-
-
 def test_boxes_lie_inside_and_apart(scenes, multi_label):
     for part in (*scenes, *multi_label):
         for boxes in part.boxes:
