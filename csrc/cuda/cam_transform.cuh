@@ -28,6 +28,7 @@ struct CamTransform {
   __host__ __device__ bool one_grid() const { return comparison == Comparison::kOneGrid; }
   // Of a label: on one grid the differences T(M) - M', else M and behind it M'.
   __host__ __device__ int cells() const { return one_grid() ? pixels_t() : pixels() + pixels_t(); }
+  __host__ __device__ int64_t matrix_of(int64_t image) const { return matrices == 1 ? 0 : image; }
   __host__ __device__ int64_t bytes_per_image() const {
     return int64_t{channels} * (pixels() + pixels_t()) * size_of(features_dtype);
   }
@@ -55,7 +56,7 @@ struct Matrix {
 __device__ inline Matrix load_matrix(const CamTransform& call, int64_t image) {
   Matrix matrix = {};
   if (!call.geometry.affine) return matrix;
-  const int64_t first = (call.matrices == 1 ? 0 : image) * 6;
+  const int64_t first = call.matrix_of(image) * 6;
 #pragma unroll
   for (int i = 0; i < 6; ++i) matrix.at[i] = load_as_double(call.matrix, first + i);
   return matrix;

@@ -6,16 +6,10 @@
 // [N, L, P + P'], since every tile of channels needs them.
 #pragma once
 
-#include "cam_transform.cuh"
+#include "cam_transform_transpose.cuh"
 #include "common_grid.cuh"
 
 namespace camkernels::cuda {
-
-// One cell of the transformed map that reads a cell of the map, and with which weight.
-struct Reader {
-  int cell;
-  float weight;
-};
 
 // How the features' gradient is made of products with the weight.
 enum class Spread : int {
@@ -33,21 +27,17 @@ struct CamTransformMseBwd {
   void* grad_features_t;    // as features_t, or null
   void* grad_weight;        // [L, C], or null
   void* scratch;            // of cam_transform_mse_bwd_scratch(maps).total() bytes
-  // Of scratch. Where T is no permutation the readers of every cell, and the cells that count; I = matrices.
-  Reader* readers;  // [I, 4 * P']
-  int* starts;      // [I, P + 1]: of each cell's readers
-  int* counts;      // [I]
-  float* slopes;    // of a Scale: [N, L, P + P']
-  MapPlan plan;     // of the maps, or the tiling of a product
+  Transpose transpose;      // in scratch, where T is no permutation
+  float* slopes;            // in scratch, of a Scale: [N, L, P + P']
+  MapPlan plan;             // of the maps, or the tiling of a product
   Spread spread;
   int tiles_t;  // tiles of cells of grad_features_t, and of grad_features
   int tiles;
 
-  __device__ int64_t readers_of(int64_t image) const { return maps.matrices == 1 ? 0 : image; }
   // Of the cells that count: of a permutation all.
   __device__ float factor(int64_t image, int64_t label) const {
     const float grad = grad_means[image * maps.classes + label];
-    const int count = counts == nullptr ? maps.pixels_t() : counts[readers_of(image)];
+    const int count = transpose.counts == nullptr ? maps.pixels_t() : transpose.counts[maps.matrix_of(image)];
     return 2.0f * grad / static_cast<float>(max(count, 1));
   }
 };
@@ -75,103 +65,11 @@ inline ScratchSizes cam_transform_mse_bwd_scratch(const CamTransform& maps) {
   constexpr auto kInt = static_cast<int64_t>(sizeof(int));
   constexpr auto kReader = static_cast<int64_t>(sizeof(Reader));
   constexpr auto kFloat = static_cast<int64_t>(sizeof(float));
+  check_maps("cam_transform_mse_bwd", maps);
   if (!maps.one_grid()) return {0, 0, 0, maps.images * maps.classes * maps.cells() * kFloat};
   if (is_permutation(maps)) return {};
   return {maps.matrices * 4 * maps.pixels_t() * kReader, maps.matrices * (maps.pixels() + 1) * kInt,
           maps.matrices * kInt, 0};
-}
-
-inline constexpr int kReaderThreads = 512;
-
-// With how much weight a cell read through `read` reads `cell`, and whether it does; a weight of 0 counts, as
-// a NaN goes through it.
-__device__ __forceinline__ bool reads_cell(const CellRead& read, int cell, float* weight) {
-  if (read.moved < 0) return false;
-  const int distance = cell - read.moved;
-  const bool upper = distance == 0 || distance == read.right;
-  const bool lower = distance == read.down || distance == read.down + read.right;
-  if (!upper && !lower) return false;
-  const int column = upper ? distance : distance - read.down;  // where `down` is 1, `right` is 0
-  float x = 1.0f;
-  if (read.right != 0) x = column == 0 ? 1.0f - read.weight_x : read.weight_x;
-  float y = 1.0f;
-  if (read.down != 0) y = upper ? 1.0f - read.weight_y : read.weight_y;
-  *weight = x * y;
-  return true;
-}
-
-// Sums of the values of all threads before this one, and in `total` of all; the block is synchronised.
-__device__ inline int sum_before(int value, int* memory, int* total) {
-  const int threads = blockDim.x;
-  int* from = memory;
-  int* to = memory + threads;
-  from[threadIdx.x] = value;
-  __syncthreads();
-  for (int distance = 1; distance < threads; distance *= 2) {
-    const int other = static_cast<int>(threadIdx.x) - distance;
-    to[threadIdx.x] = from[threadIdx.x] + (other < 0 ? 0 : from[other]);
-    __syncthreads();
-    int* const swapped = from;
-    from = to;
-    to = swapped;
-  }
-  const int before = from[threadIdx.x] - value;
-  *total = from[threads - 1];
-  __syncthreads();
-  return before;
-}
-
-// The transpose of T: of each cell of a map the cells of the transformed one that read it, in their order. A
-// block per matrix.
-__global__ void __launch_bounds__(kReaderThreads)
-    cam_transform_readers_kernel(const __grid_constant__ CamTransformMseBwd call) {
-  const CamTransform& maps = call.maps;
-  const int threads = blockDim.x;
-  const int64_t item = blockIdx.x;
-  const int pixels_t = maps.pixels_t();
-  SharedMemory memory;
-  CellRead* reads = memory.take<CellRead>(threads);
-  int* sums = memory.take<int>(2 * threads);
-  Reader* readers = call.readers + item * 4 * pixels_t;
-  int* starts = call.starts + item * (maps.pixels() + 1);
-
-  int start = 0;
-  int valid = 0;
-#pragma unroll 1
-  for (int first = 0; first < maps.pixels(); first += threads) {
-    const int cell = first + threadIdx.x;
-    int at = 0;
-    // Once to count, once to write.
-#pragma unroll 1
-    for (int turn = 0; turn < 2; ++turn) {
-      int count = 0;
-#pragma unroll 1
-      for (int begin = 0; begin < pixels_t; begin += threads) {
-        __syncthreads();  // the reads before are no longer needed
-        stage_reads(maps, item, begin, pixels_t, threads, reads);
-        __syncthreads();
-        if (first == 0 && turn == 0) valid += reads[threadIdx.x].still >= 0;
-        const int here = min(threads, pixels_t - begin);
-        for (int j = 0; j < here && cell < maps.pixels(); ++j) {
-          float weight;
-          if (!reads_cell(reads[j], cell, &weight)) continue;
-          if (turn == 1) readers[at + count] = {begin + j, weight};
-          ++count;
-        }
-      }
-      if (turn == 1) break;
-      int total;
-      at = start + sum_before(count, sums, &total);
-      if (cell < maps.pixels()) starts[cell] = at;
-      start += total;
-    }
-  }
-  int total;
-  sum_before(valid, sums, &total);
-  if (threadIdx.x == 0) {
-    starts[maps.pixels()] = start;
-    call.counts[item] = total;
-  }
 }
 
 // Shared memory of a warp that walks over the common grid.
@@ -238,11 +136,12 @@ __device__ __forceinline__ float map_gradient(const CamTransformMseBwd& call, in
   const float* kept = call.kept + at;
   const float factor = call.factor(image, label);
   if (transformed) return -factor * kept[cell];
-  const Reader* readers = call.readers + call.readers_of(image) * 4 * maps.pixels_t();
-  const int* starts = call.starts + call.readers_of(image) * (maps.pixels() + 1) + cell;
+  const Reader* readers = call.transpose.readers_of(maps, image);
+  const int* starts = call.transpose.starts_of(maps, image);
   float sum = 0.0f;
 #pragma unroll 1
-  for (int i = starts[0]; i < starts[1]; ++i) sum = fmaf(readers[i].weight, kept[readers[i].cell], sum);
+  for (int i = starts[cell]; i < starts[cell + 1]; ++i)
+    sum = fmaf(readers[i].weight, kept[readers[i].cell], sum);
   return factor * sum;
 }
 
@@ -319,8 +218,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     write_gradient<T>(call.grad_features, image, maps.channels, maps.pixels(), maps.channels_last, channel,
                       channels, begin, end, [&](int c, int cell) { return tile[c * stride + cell - begin]; });
   } else if (call.spread == Spread::kWhole) {
-    const Reader* readers = call.readers + call.readers_of(image) * 4 * maps.pixels_t();
-    const int* starts = call.starts + call.readers_of(image) * (maps.pixels() + 1);
+    const Reader* readers = call.transpose.readers_of(maps, image);
+    const int* starts = call.transpose.starts_of(maps, image);
     write_gradient<T>(call.grad_features, image, maps.channels, maps.pixels(), maps.channels_last, channel,
                       channels, 0, maps.pixels(), [&](int c, int cell) {
                         float sum = 0.0f;
@@ -482,20 +381,15 @@ void launch_cam_transform_slopes(Launcher& launcher, CamTransformMseBwd call) {
 template <typename Launcher>
 void launch_cam_transform_mse_bwd(Launcher& launcher, CamTransformMseBwd call) {
   const CamTransform& maps = call.maps;
-  check_maps("cam_transform_mse_bwd", maps);
   const ScratchSizes sizes = cam_transform_mse_bwd_scratch(maps);
   char* scratch = static_cast<char*>(call.scratch);
   if (sizes.slopes != 0) {
     call.slopes = reinterpret_cast<float*>(scratch);
   } else if (sizes.readers != 0) {
-    call.readers = reinterpret_cast<Reader*>(scratch);
-    call.starts = reinterpret_cast<int*>(scratch + sizes.readers);
-    call.counts = reinterpret_cast<int*>(scratch + sizes.readers + sizes.starts);
-    const int threads = std::min(launcher.hardware().threads, kReaderThreads);
-    SharedSize shared;
-    shared.take<CellRead>(threads);
-    shared.take<int>(2 * threads);
-    launcher.run(cam_transform_readers_kernel, LaunchShape{maps.matrices, threads, 1, shared.bytes()}, call);
+    call.transpose.readers = reinterpret_cast<Reader*>(scratch);
+    call.transpose.starts = reinterpret_cast<int*>(scratch + sizes.readers);
+    call.transpose.counts = reinterpret_cast<int*>(scratch + sizes.readers + sizes.starts);
+    launch_cam_transform_transpose(launcher, maps, call.transpose);
   }
   dispatch(maps.features_dtype, [&](auto element) {
     using T = decltype(element);
