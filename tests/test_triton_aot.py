@@ -52,3 +52,9 @@ def test_every_kernel_fits_in_shared_memory(report, capability):
 def test_image_stage_loads_whole_vectors(report, kernel):
     """224 pixels a row: 16 bytes a load, masked by erased sectors or not."""
     assert {row["widest_load"] for row in report["compiled"] if row["kernel"] == kernel} == {4}
+
+
+def test_a_shift_is_no_reason_to_compile_again(report):
+    """Shifts may be random; one of these moves by exactly one cell, a number that Triton would bake in."""
+    moved = [row["case"] for row in report["compiled"] if "offset_x" in row["case"]]
+    assert {case[name] for case in moved for name in ("offset_x", "begin_x", "end_x", "offset_y")} == {"i32"}

@@ -117,6 +117,17 @@ def record() -> list[tuple[Any, ...]]:
     )
     target = torch.empty((2, 3), dtype=torch.int64)
     many = torch.empty((2, 20), dtype=torch.int64)
+    pairs = (
+        (transforms.HorizontalFlip(), 7, 7, 14),
+        (transforms.HorizontalFlip(), 9, 9, 80),
+        (transforms.Rotate90(1), 14, 14, 365),
+        (transforms.Translate(-0.2, 0.1), 7, 7, 14),
+        (transforms.Affine([[0.9, 0.2, 0.0], [-0.2, 0.9, 0.1]]), 9, 9, 80),
+        (transforms.Translate(0.0, 0.2), 40, 40, 80),
+        (transforms.Scale(192), 7, 6, 14),
+        (transforms.Affine(torch.eye(2, 3).expand(2, 2, 3)), 40, 40, 14),
+        (transforms.Scale(192, "bilinear"), 8, 9, 80),
+    )
     for (dtype, weight_dtype), layout in itertools.product(dtypes, layouts):
         weight = torch.empty((365, 256), dtype=weight_dtype, requires_grad=True)
         bias = torch.empty(365, dtype=weight_dtype, requires_grad=True)
@@ -146,17 +157,7 @@ def record() -> list[tuple[Any, ...]]:
                     fill=(0.1, 0.2, 0.3) if need_images else 0.0,
                 )
             )
-        for transform, size, size_t, classes in (
-            (transforms.HorizontalFlip(), 7, 7, 14),
-            (transforms.HorizontalFlip(), 9, 9, 80),
-            (transforms.Rotate90(1), 14, 14, 365),
-            (transforms.Translate(0.1, 0.2), 7, 7, 14),
-            (transforms.Translate(0.0, 0.2), 40, 40, 80),
-            (transforms.Affine([[0.9, 0.2, 0.0], [-0.2, 0.9, 0.1]]), 9, 9, 80),
-            (transforms.Affine(torch.eye(2, 3).expand(2, 2, 3)), 40, 40, 14),
-            (transforms.Scale(192), 7, 6, 14),
-            (transforms.Scale(192, "bilinear"), 8, 9, 80),
-        ):
+        for transform, size, size_t, classes in pairs[layouts.index(layout) :: 2]:
             backward(
                 camkernels.fused_cam_transform_mse(
                     features_of(dtype, layout, size),

@@ -71,7 +71,14 @@ def cam_transform_mse_fwd_kernel(
     width,
     height_t,
     width_t,
-    axes,
+    offset_y,
+    begin_y,
+    end_y,
+    fraction_y,
+    offset_x,
+    begin_x,
+    end_x,
+    fraction_x,
     TRANSPOSED: tl.constexpr,
     STEP_Y: tl.constexpr,
     STEP_X: tl.constexpr,
@@ -104,6 +111,7 @@ def cam_transform_mse_fwd_kernel(
     if matrix_ptr is not None:
         matrix_ptr += image * matrix_stride
     cell = (cell_block * BLOCK_P + tl.arange(0, BLOCK_P))[None, :]
+    axes = offset_y, begin_y, end_y, fraction_y, offset_x, begin_x, end_x, fraction_x
     found = source_taps(
         cell,
         matrix_ptr,
@@ -209,7 +217,14 @@ def cam_transform_mse_features_bwd_kernel(
     width,
     height_t,
     width_t,
-    axes,
+    offset_y,
+    begin_y,
+    end_y,
+    fraction_y,
+    offset_x,
+    begin_x,
+    end_x,
+    fraction_x,
     TRANSPOSED: tl.constexpr,
     STEP_Y: tl.constexpr,
     STEP_X: tl.constexpr,
@@ -239,7 +254,6 @@ def cam_transform_mse_features_bwd_kernel(
     present = channel < channels
     cell = (program // channel_blocks % cell_blocks * BLOCK_P + tl.arange(0, BLOCK_P))[None, :]
     if SHIFTED:
-        offset_y, begin_y, end_y, fraction_y, offset_x, begin_x, end_x, fraction_x = axes
         # Of each axis, the cell whose first tap this one is, and the one before it, whose second tap it is.
         near_y = cell // width - offset_y
         near_x = cell % width - offset_x
@@ -296,6 +310,7 @@ def cam_transform_mse_features_bwd_kernel(
     if grad_features_ptr is not None:
         source = cell
         if not SHIFTED:
+            axes = offset_y, begin_y, end_y, fraction_y, offset_x, begin_x, end_x, fraction_x
             low_y, _, _, low_x, _, _, _ = source_taps(
                 cell,
                 None,
@@ -391,7 +406,14 @@ def cam_transform_mse_weight_bwd_kernel(
     width,
     height_t,
     width_t,
-    axes,
+    offset_y,
+    begin_y,
+    end_y,
+    fraction_y,
+    offset_x,
+    begin_x,
+    end_x,
+    fraction_x,
     TRANSPOSED: tl.constexpr,
     STEP_Y: tl.constexpr,
     STEP_X: tl.constexpr,
@@ -416,6 +438,7 @@ def cam_transform_mse_weight_bwd_kernel(
     known = label < classes
     split = program // (channel_blocks * label_blocks)
     column = channel[None, :].to(tl.int64)
+    axes = offset_y, begin_y, end_y, fraction_y, offset_x, begin_x, end_x, fraction_x
     sums = tl.zeros([BLOCK_L, BLOCK_C], tl.float32)
     for index in range(split * images_each, tl.minimum((split + 1) * images_each, images)):
         image = tl.cast(index, tl.int64)
@@ -510,7 +533,7 @@ def one_grid_fwd(
         channels_each,
         geometry.matrix_stride,
         **geometry.sizes,
-        axes=geometry.axes,
+        **geometry.axes,
         **geometry.steps,
         **geometry.fractional,
         **layouts(features, features_t),
@@ -556,7 +579,7 @@ def one_grid_bwd(
     images, channels = features.shape[:2]
     classes = weight.shape[0]
     count = valid_cells(features, geometry)
-    sizes, axes = geometry.sizes, geometry.axes
+    sizes = geometry.sizes
 
     def features_bwd(of_features: Tensor | None, of_features_t: Tensor | None, shifted: bool) -> None:
         grid = images * triton.cdiv(channels, 64) * triton.cdiv(sizes["height"] * sizes["width"], 64)
@@ -571,7 +594,7 @@ def one_grid_bwd(
             channels,
             geometry.cells_valid,
             **sizes,
-            axes=axes,
+            **geometry.axes,
             **geometry.steps,
             **geometry.fractional,
             SHIFTED=shifted,
@@ -632,7 +655,7 @@ def one_grid_bwd(
             geometry.cells_valid,
             geometry.matrix_stride,
             **sizes,
-            axes=axes,
+            **geometry.axes,
             **geometry.steps,
             **geometry.fractional,
             **layouts(features, features_t),

@@ -10,7 +10,7 @@ from torch import Tensor
 from camkernels.triton.front import power_of_two, resample
 
 # A random shift must not compile a kernel for every offset that happens to be 1 or a multiple of 16.
-SHIFTS = ["axes"]
+SHIFTS = ["offset_y", "begin_y", "end_y", "offset_x", "begin_x", "end_x"]
 
 
 @triton.jit
@@ -137,7 +137,7 @@ class Geometry(NamedTuple):
     """Of a transform between maps of one grid: arguments of the kernels."""
 
     sizes: dict[str, int]
-    axes: tuple[int | float, ...]
+    axes: dict[str, int | float]
     steps: dict[str, int]
     fractional: dict[str, bool]
     cells_valid: float
@@ -159,7 +159,7 @@ def geometry_of(
     if matrix is not None:
         return Geometry(
             sizes,
-            (0, 0, 0, 0.0, 0, 0, 0, 0.0),
+            dict.fromkeys(SHIFTS, 0) | {"fraction_y": 0.0, "fraction_x": 0.0},
             {"TRANSPOSED": False, "STEP_Y": 1, "STEP_X": 1},
             {"FRACTIONAL_Y": True, "FRACTIONAL_X": True},
             1.0,
@@ -167,12 +167,12 @@ def geometry_of(
             6 if matrix.shape[0] > 1 else 0,
         )
     transposed, step_y, offset_y, begin_y, end_y, step_x, offset_x, begin_x, end_x = whole
-    fraction_y, fraction_x = fractions
     return Geometry(
         sizes,
-        (offset_y, begin_y, end_y, fraction_y, offset_x, begin_x, end_x, fraction_x),
+        dict(zip(SHIFTS, (offset_y, begin_y, end_y, offset_x, begin_x, end_x), strict=True))
+        | {"fraction_y": fractions[0], "fraction_x": fractions[1]},
         {"TRANSPOSED": bool(transposed), "STEP_Y": step_y, "STEP_X": step_x},
-        {"FRACTIONAL_Y": fraction_y != 0, "FRACTIONAL_X": fraction_x != 0},
+        {"FRACTIONAL_Y": fractions[0] != 0, "FRACTIONAL_X": fractions[1] != 0},
         float(max((end_y - begin_y) * (end_x - begin_x), 1)),
         None,
         0,
