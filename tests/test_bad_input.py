@@ -4,13 +4,17 @@ import pytest
 import torch
 
 import camkernels
-from camkernels import focus_area, fused_cam, fused_cam_erase
+from camkernels import focus_area, fused_cam, fused_cam_erase, fused_cam_transform_mse
+from camkernels.transforms import Affine, HorizontalFlip, Rotate90, Scale, Translate
 
 FEATURES = torch.randn(2, 3, 4, 4)
 WEIGHT = torch.randn(5, 3)
 TARGET = torch.tensor([0, 4])
 IMAGES = torch.randn(2, 3, 8, 8)
 BIAS = torch.randn(5)
+
+FEATURES_T = torch.randn(2, 3, 4, 4)
+WIDE = torch.randn(2, 3, 4, 6)
 
 SHARED = [
     # changed arguments, error, message after the function's name
@@ -131,6 +135,138 @@ ERASE = [
 ]
 
 
+TRANSFORM = [
+    ({"features_t": None}, TypeError, "features_t is a NoneType; it must be a tensor [N, C, H, W]"),
+    (
+        {"features_t": FEATURES_T.int()},
+        TypeError,
+        "features_t has dtype int32; allowed are float32, float16, bfloat16, float64",
+    ),
+    ({"features_t": FEATURES_T[0]}, ValueError, "features_t has shape [3, 4, 4]; it must be [N, C, H, W]"),
+    (
+        {"features_t": FEATURES_T[..., :0]},
+        ValueError,
+        "features_t has shape [2, 3, 4, 0]; C, H and W must be at least 1 (N may be 0)",
+    ),
+    (
+        {"features_t": FEATURES_T.half()},
+        TypeError,
+        "features_t has dtype float16 and features float32; they must be equal",
+    ),
+    (
+        {"features_t": FEATURES_T[:1]},
+        ValueError,
+        "features_t has 1 images and features 2; they must be equal",
+    ),
+    (
+        {"features_t": FEATURES_T[:, :2]},
+        ValueError,
+        "features_t has 2 channels and features 3; they must be equal",
+    ),
+    (
+        {"features_t": FEATURES_T.to("meta")},
+        ValueError,
+        "features_t is on meta and features on cpu; they must be on one device",
+    ),
+    (
+        {"features_t": WIDE},
+        ValueError,
+        "features_t has maps of 4 x 6; HorizontalFlip makes 4 x 4 of the 4 x 4 of features",
+    ),
+    (
+        {"features": WIDE, "features_t": WIDE, "transform": Rotate90(1)},
+        ValueError,
+        "features_t has maps of 4 x 6; Rotate90 makes 6 x 4 of the 4 x 6 of features",
+    ),
+    (
+        {"features_t": WIDE, "transform": Affine([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])},
+        ValueError,
+        "features_t has maps of 4 x 6; Affine makes 4 x 4 of the 4 x 4 of features",
+    ),
+    (
+        {"transform": Affine(torch.eye(2, 3).expand(3, 2, 3))},
+        ValueError,
+        "the matrix of transform has 3 images and features 2; they must be equal",
+    ),
+    (
+        {"transform": Affine(torch.eye(2, 3, device="meta"))},
+        ValueError,
+        "the matrix of transform is on meta and features on cpu; they must be on one device",
+    ),
+    (
+        {"transform": "flip"},
+        TypeError,
+        "transform is a str; it must be one of camkernels.transforms",
+    ),
+    ({"transform": torch.flip}, TypeError, "transform is a builtin_function_or_method; it must be one of"),
+    ({"detach_weight": 1}, TypeError, "detach_weight is a int; it must be a bool"),
+    ({"reduction": None}, TypeError, "reduction is a NoneType; allowed are none, mean, sum"),
+    ({"reduction": "max"}, ValueError, "reduction is 'max'; allowed are none, mean, sum"),
+]
+
+TRANSFORMS = [
+    (lambda: Rotate90(1.0), TypeError, "Rotate90: k is a float; it must be a whole number of turns"),
+    (lambda: Rotate90(True), TypeError, "Rotate90: k is a bool; it must be a whole number of turns"),
+    (lambda: Translate("0.1", 0), TypeError, "Translate: dx is a str; it must be a number in (-1, 1)"),
+    (lambda: Translate(0, True), TypeError, "Translate: dy is a bool; it must be a number in (-1, 1)"),
+    (lambda: Translate(0, 1.0), ValueError, "Translate: dy is 1.0; it must be a number in (-1, 1)"),
+    (lambda: Translate(float("nan"), 0), ValueError, "Translate: dx is nan; it must be a number in (-1, 1)"),
+    (
+        lambda: Scale(192.0),
+        TypeError,
+        "Scale: size is 192.0; it must be a whole number of pixels, or (height, width)",
+    ),
+    (
+        lambda: Scale((192, 3, 4)),
+        TypeError,
+        "Scale: size is (192, 3, 4); it must be a whole number of pixels, or (height, width)",
+    ),
+    (
+        lambda: Scale((192, 0)),
+        ValueError,
+        "Scale: size is (192, 0); it must be a whole number of pixels, or (height, width), at least 1",
+    ),
+    (lambda: Scale(192, "bicubic"), ValueError, "Scale: mode is 'bicubic'; allowed are nearest, bilinear"),
+    (lambda: Scale(192, 1), TypeError, "Scale: mode is a int; allowed are nearest, bilinear"),
+    (lambda: Affine("eye"), TypeError, "Affine: matrix is a str; it must be a tensor [2, 3] or [N, 2, 3]"),
+    (
+        lambda: Affine(torch.eye(2, 3).int()),
+        TypeError,
+        "Affine: matrix has dtype int32; it must be a float type",
+    ),
+    (
+        lambda: Affine(torch.eye(3)),
+        ValueError,
+        "Affine: matrix has shape [3, 3]; it must be [2, 3] or [N, 2, 3]",
+    ),
+    (
+        lambda: Affine(torch.eye(2, 3, requires_grad=True)),
+        ValueError,
+        "Affine: matrix requires a gradient, and there is none; pass matrix.detach()",
+    ),
+    (
+        lambda: HorizontalFlip()(IMAGES[0]),
+        ValueError,
+        "HorizontalFlip: images has shape [3, 8, 8]; it must be [N, D, H0, W0]",
+    ),
+    (
+        lambda: Scale(8)(IMAGES.byte()),
+        TypeError,
+        "Scale: images has dtype uint8; it must be a float type",
+    ),
+    (
+        lambda: Translate(0.1, 0)([1.0]),
+        TypeError,
+        "Translate: images is a list; it must be a tensor [N, D, H0, W0]",
+    ),
+    (
+        lambda: Affine(torch.eye(2, 3).expand(3, 2, 3))(IMAGES),
+        ValueError,
+        "Affine: matrix has 3 images and images 2; they must be equal",
+    ),
+]
+
+
 @pytest.mark.parametrize("changed, error, message", SHARED + CAM)
 def test_fused_cam(changed, error, message):
     arguments = {"features": FEATURES, "weight": WEIGHT, "target": TARGET, **changed}
@@ -145,6 +281,30 @@ def test_fused_cam_erase(changed, error, message):
     with pytest.raises(error) as raised:
         fused_cam_erase(**arguments)
     assert str(raised.value) == f"fused_cam_erase: {message}"
+
+
+@pytest.mark.parametrize(
+    "changed, error, message",
+    [row for row in SHARED if not {"target", "eps"} & set(row[0])] + TRANSFORM,
+)
+def test_fused_cam_transform_mse(changed, error, message):
+    arguments = {
+        "features": FEATURES,
+        "features_t": FEATURES_T,
+        "weight": WEIGHT,
+        "transform": HorizontalFlip(),
+        **changed,
+    }
+    with pytest.raises(error) as raised:
+        fused_cam_transform_mse(**arguments)
+    assert str(raised.value).startswith(f"fused_cam_transform_mse: {message}")
+
+
+@pytest.mark.parametrize("make, error, message", TRANSFORMS)
+def test_transforms(make, error, message):
+    with pytest.raises(error) as raised:
+        make()
+    assert str(raised.value) == message
 
 
 @pytest.mark.parametrize("value", [None, FEATURES.int(), FEATURES[0], FEATURES[..., :0]])

@@ -1,6 +1,6 @@
 """What is Triton's own: how many kernels start, on which device, and shapes that cut blocks unevenly.
 
-Values and gradients of every op on this backend are compared in test_cam.py and test_cam_erase.py.
+Values and gradients of every op on this backend are compared in the op's own file, test_cam.py and so on.
 """
 
 from collections.abc import Iterator
@@ -20,6 +20,7 @@ if reason := _backend.why_not("triton", DEVICE):
 import triton  # noqa: E402  (it may be absent)
 import triton.language as tl  # noqa: E402
 
+from camkernels.transforms import Affine, HorizontalFlip, Scale, Translate  # noqa: E402
 from camkernels.triton import cam, cam_erase, front  # noqa: E402
 
 
@@ -74,6 +75,85 @@ def test_only_wanted_gradients_are_computed(started):
     images = torch.randn((2, 3, 20, 30), device=DEVICE, requires_grad=True)
     camkernels.fused_cam_erase(features, weight, target, images).erased.sum().backward()
     assert started == ["cam_fwd_kernel", "erase_kernel", "erase_kernel"]
+
+
+PRODUCTS = "cam_transform_mse_features_bwd_kernel", "cam_transform_mse_weight_bwd_kernel"
+
+
+@pytest.mark.parametrize(
+    "transform, size_t, shape, forward, backward",
+    [
+        (HorizontalFlip(), 7, (2, 12, 7, 7), [], [*PRODUCTS, "sum_parts_kernel"]),
+        (HorizontalFlip(), 7, (1, 12, 7, 7), [], [*PRODUCTS]),
+        (HorizontalFlip(), 7, (1, 256, 7, 7), ["mean_squares_kernel"], [*PRODUCTS]),
+        (HorizontalFlip(), 17, (1, 2, 17, 17), ["mean_squares_kernel"], [*PRODUCTS]),
+        (Translate(0.1, 0.2), 7, (1, 12, 7, 7), [], [PRODUCTS[0], *PRODUCTS]),
+        (
+            Affine([[0.9, 0.1, 0.0], [0.0, 0.9, 0.1]]),
+            7,
+            (1, 12, 7, 7),
+            [],
+            [
+                "valid_cells_kernel",
+                PRODUCTS[0],
+                "affine_adjoint_kernel",
+                "cam_product_features_bwd_kernel",
+                PRODUCTS[1],
+            ],
+        ),
+    ],
+    ids=["flip", "one image", "few programs", "several blocks", "shift", "affine"],
+)
+def test_heatmaps_of_one_grid_take_one_product(started, transform, size_t, shape, forward, backward):
+    """And one for the gradients of both features, where a flip moves the one to the other."""
+    features, weight, _ = inputs(shape)
+    features_t = torch.randn((*shape[:2], size_t, size_t), device=DEVICE)
+    leaves = [x.requires_grad_() for x in (features, features_t, weight)]
+    transform = Affine(transform.matrix.to(DEVICE)) if isinstance(transform, Affine) else transform
+    loss = camkernels.fused_cam_transform_mse(*leaves, transform)
+    assert started == ["cam_transform_mse_fwd_kernel", *forward]
+    started.clear()
+    loss.backward()
+    assert started == backward
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+def test_heatmaps_of_two_sizes_are_made_once_each(started, mode):
+    features, weight, _ = inputs((1, 12, 4, 4))
+    features_t = torch.randn((1, 12, 3, 3), device=DEVICE)
+    leaves = [x.requires_grad_() for x in (features, features_t, weight)]
+    loss = camkernels.fused_cam_transform_mse(*leaves, Scale(64, mode))
+    assert started == ["cam_fwd_kernel", "cam_fwd_kernel", "common_grid_fwd_kernel"]
+    started.clear()
+    loss.backward()
+    # The larger map was kept, the smaller one is made again.
+    of_a_map = [f"{mode}_bwd_kernel"]
+    if mode == "bilinear":
+        of_a_map = ["axis_products_kernel"] * 2 + of_a_map
+    products = ["cam_product_features_bwd_kernel"] * 2 + ["cam_product_weight_bwd_kernel"] * 2
+    assert started == ["cam_fwd_kernel", *of_a_map * 2, *products]
+    started.clear()
+    camkernels.fused_cam_transform_mse(
+        features, features_t.detach(), weight.detach(), Scale(64, mode)
+    ).backward()
+    assert started[-1:] == products[:1]
+    assert started.count(f"{mode}_bwd_kernel") == 1
+
+
+def test_maps_of_half_types_are_compared_in_float32():
+    """E is a small difference of large sums, which half types would swallow."""
+    draw = torch.Generator().manual_seed(0)
+    features = (100 + torch.randn((1, 64, 5, 5), generator=draw)).to(DEVICE, torch.bfloat16)
+    features_t = features.flip(-1).clone()
+    features_t[0, 0, 0, 0] += 1
+    weight = (1 + torch.rand((3, 64), generator=draw)).to(DEVICE, torch.bfloat16)
+    with camkernels.use_backend("triton"):
+        found = camkernels.fused_cam_transform_mse(
+            features, features_t, weight, HorizontalFlip(), reduction="none"
+        )
+    change = features_t[0, 0, 0, 0].float() - features[0, 0, 0, -1].float()
+    expected = (weight[:, 0].float() * change) ** 2 / 25
+    assert torch.equal(found[0], expected.bfloat16())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
