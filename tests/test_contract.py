@@ -8,7 +8,8 @@ from cases import BACKENDS, DEVICE, GPU, KERNEL_BACKENDS, Case, run
 from torch.library import opcheck
 
 import camkernels
-from camkernels import fused_cam, fused_cam_erase
+from camkernels import fused_cam, fused_cam_erase, fused_cam_transform_mse
+from camkernels.transforms import Affine, HorizontalFlip, Rotate90, Scale, Translate
 
 
 def erase_loss(features, weight, target, images, sharpness):
@@ -18,6 +19,28 @@ def erase_loss(features, weight, target, images, sharpness):
 
 def erase_inputs(case):
     return [x.requires_grad_() for x in (case.features(), case.weight(), case.pictures())]
+
+
+TRANSFORMS = {
+    "flip": HorizontalFlip(),
+    "quarter turn": Rotate90(1),
+    "shift": Translate(0.3, -0.2),
+    "affine": Affine([[0.9, 0.3, 0.1], [-0.2, 1.1, 0.0]]),
+    "nearest": Scale(64),
+    "bilinear": Scale(64, "bilinear"),
+}
+
+
+def on(device, transform):
+    return Affine(transform.matrix.to(device)) if isinstance(transform, Affine) else transform
+
+
+def transform_inputs(case, transform):
+    """Maps of 3 x 4 and those that the transform makes of them."""
+    shape_t = {Rotate90: (4, 3), Scale: (2, 3)}.get(type(transform), (3, 4))
+    case = replace(case, shape=(3, 4))
+    features_t = replace(case, shape=shape_t, seed=case.seed + 1).features()
+    return [x.requires_grad_() for x in (case.features(), features_t, case.weight())]
 
 
 @pytest.mark.parametrize("backend, device", KERNEL_BACKENDS)
@@ -61,6 +84,26 @@ def test_opcheck_of_cam_erase(backend, device, sharpness, dtype):
     )
 
 
+@pytest.mark.parametrize("backend, device", KERNEL_BACKENDS)
+@pytest.mark.parametrize("kind", TRANSFORMS)
+def test_opcheck_of_cam_transform_mse(backend, device, kind):
+    transform = TRANSFORMS[kind]
+    case = Case(device=device, channels=3, classes=2, images=1, layout="channels_last")
+    features, features_t, weight = (x.detach() for x in transform_inputs(case, transform))
+    found = transform.resampling(3, 4)
+    whole, fractions = found.flat() if found else ([], [])
+    matrix = transform.matrix[None].to(device) if kind == "affine" else None
+    comparison = {"nearest": 1, "bilinear": 2}.get(kind, 0)
+    inputs = (features, features_t, weight, matrix)
+    for keep in (False, True) if kind in ("flip", "nearest") else (True,):
+        forward = (*inputs, whole, fractions, comparison, keep, backend)
+        opcheck(torch.ops.camkernels.cam_transform_mse_fwd.default, forward)
+    means, kept = torch.ops.camkernels.cam_transform_mse_fwd(*forward)
+    needed = [[True, True, True], [False, True, False]][kind == "shift"]
+    backward = (torch.rand_like(means), *inputs, kept, whole, fractions, comparison, *needed, backend)
+    opcheck(torch.ops.camkernels.cam_transform_mse_bwd.default, backward)
+
+
 @pytest.mark.parametrize("backend, device", BACKENDS)
 @pytest.mark.parametrize("sharpness", [None, 5.0])
 def test_compiles_without_a_graph_break(backend, device, sharpness):
@@ -77,6 +120,33 @@ def test_compiles_without_a_graph_break(backend, device, sharpness):
         )
     for mine, exact in zip(found, truth, strict=True):
         assert torch.allclose(mine, exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend, device", BACKENDS)
+@pytest.mark.parametrize("kind", TRANSFORMS)
+def test_transform_mse_compiles_without_a_graph_break(backend, device, kind):
+    transform = on(device, TRANSFORMS[kind])
+    inputs = transform_inputs(Case(device=device, channels=5), transform)
+    torch.compiler.reset()
+    with camkernels.use_backend(backend):
+        compiled = torch.compile(fused_cam_transform_mse, fullgraph=True, backend="aot_eager")
+        found = torch.autograd.grad(compiled(*inputs, transform), inputs)
+        truth = torch.autograd.grad(fused_cam_transform_mse(*inputs, transform), inputs)
+    for mine, exact in zip(found, truth, strict=True):
+        assert torch.allclose(mine, exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["flip", "affine", "nearest"])
+def test_transform_mse_compiles_with_inductor_and_a_dynamic_batch(kind):
+    transform = on(DEVICE, TRANSFORMS[kind])
+    torch.compiler.reset()
+    compiled = torch.compile(fused_cam_transform_mse, fullgraph=True, dynamic=True)
+    for images in (2, 3, 5):
+        inputs = transform_inputs(Case(device=DEVICE, channels=5, images=images), transform)
+        found = torch.autograd.grad(compiled(*inputs, transform), inputs)
+        truth = torch.autograd.grad(fused_cam_transform_mse(*inputs, transform), inputs)
+        for mine, exact in zip(found, truth, strict=True):
+            assert torch.allclose(mine, exact, rtol=1e-5, atol=1e-6)
 
 
 def test_compiles_with_inductor_and_a_dynamic_batch():
@@ -127,6 +197,47 @@ def test_exports(dynamic):
         assert torch.equal(mine, exact)
 
 
+class TransformMse(torch.nn.Module):
+    def __init__(self, transform):
+        super().__init__()
+        self.transform = transform
+
+    def forward(self, features, features_t, weight):
+        return fused_cam_transform_mse(features, features_t, weight, self.transform, reduction="none")
+
+
+@pytest.mark.parametrize("kind", ["flip", "affine", "bilinear"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_transform_mse_exports(kind, dynamic):
+    transform = on(DEVICE, TRANSFORMS[kind])
+    arguments = tuple(x.detach() for x in transform_inputs(Case(device=DEVICE), transform))
+    batch = torch.export.Dim("batch", min=2, max=64)
+    shapes = {"features": {0: batch}, "features_t": {0: batch}, "weight": None}
+    program = torch.export.export(
+        TransformMse(transform), arguments, dynamic_shapes=shapes if dynamic else None
+    )
+    assert "camkernels.cam_transform_mse_fwd" in str(program.graph)
+    other = Case(device=DEVICE, images=5 if dynamic else 3, seed=1)
+    arguments = tuple(x.detach() for x in transform_inputs(other, transform))
+    assert torch.equal(program.module()(*arguments), TransformMse(transform)(*arguments))
+
+
+@pytest.mark.parametrize("backend, device", BACKENDS)
+@pytest.mark.parametrize("kind", ["shift", "nearest"])
+@pytest.mark.parametrize("features_dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_nothing_in_transform_mse(backend, device, kind, features_dtype):
+    case = Case(device=device, dtype=features_dtype, weight_dtype=torch.float32, channels=5)
+    transform = TRANSFORMS[kind]
+    inputs = transform_inputs(case, transform)
+    with camkernels.use_backend(backend):
+        with torch.autocast(device, dtype=torch.bfloat16):
+            loss = fused_cam_transform_mse(*inputs, transform)
+        plain = fused_cam_transform_mse(*inputs, transform)
+        found, truth = torch.autograd.grad(loss, inputs), torch.autograd.grad(plain, inputs)
+    assert torch.equal(loss, plain)
+    assert all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))
+
+
 @pytest.mark.parametrize("backend, device", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("features_dtype", [torch.float32, torch.bfloat16])
@@ -158,6 +269,19 @@ def test_double_backward_raises(backend, device):
                 grad.sum().backward()
 
 
+@pytest.mark.parametrize("backend, device", KERNEL_BACKENDS)
+@pytest.mark.parametrize("kind", ["flip", "nearest"])
+def test_double_backward_of_transform_mse_raises(backend, device, kind):
+    transform = TRANSFORMS[kind]
+    inputs = transform_inputs(Case(device=device, channels=5), transform)
+    for place in range(3):
+        with camkernels.use_backend(backend):
+            loss = fused_cam_transform_mse(*inputs, transform)
+        (grad,) = torch.autograd.grad(loss, inputs[place], create_graph=True)
+        with pytest.raises(RuntimeError, match="there is no double backward"):
+            grad.sum().backward()
+
+
 @pytest.mark.parametrize("backend, device", BACKENDS)
 def test_without_requires_grad_and_without_grad_mode(backend, device):
     case = Case(device=device, channels=5)
@@ -168,6 +292,9 @@ def test_without_requires_grad_and_without_grad_mode(backend, device):
         inputs = erase_inputs(case)
         with torch.no_grad():
             assert not fused_cam(inputs[0], inputs[1]).requires_grad
+            same = inputs[0], inputs[0], inputs[1], HorizontalFlip()
+            assert not fused_cam_transform_mse(*same).requires_grad
+        assert not fused_cam_transform_mse(*(x.detach() for x in same[:3]), same[3]).requires_grad
 
 
 @pytest.mark.parametrize("backend, device", KERNEL_BACKENDS)
@@ -185,6 +312,21 @@ def test_deterministic_run_to_run(backend, device):
     for other in results[1:]:
         pairs = zip(results[0].values + results[0].grads, other.values + other.grads, strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("backend, device", KERNEL_BACKENDS)
+@pytest.mark.parametrize("kind", ["shift", "affine", "nearest", "bilinear"])
+def test_transform_mse_is_deterministic_run_to_run(backend, device, kind):
+    """Several outputs read one cell, all images share the weight."""
+    transform = on(device, TRANSFORMS[kind])
+    inputs = [x.detach() for x in transform_inputs(Case(device=device, images=4, classes=3), transform)]
+    torch.use_deterministic_algorithms(True)
+    try:
+        results = [run(backend, lambda *x: fused_cam_transform_mse(*x, transform), inputs) for _ in range(2)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    pairs = zip(*(found.values + found.grads for found in results), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 @pytest.mark.parametrize("backend, device", KERNEL_BACKENDS)
@@ -233,6 +375,40 @@ class TestOnAGpu:
                     erase_loss(inputs[0], inputs[1], target, inputs[2], sharpness).backward()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
+
+    @pytest.mark.parametrize("kind", TRANSFORMS)
+    def test_transform_mse_never_synchronises(self, backend, kind):
+        transform = on("cuda", TRANSFORMS[kind])
+        inputs = transform_inputs(Case(device="cuda"), transform)
+        with camkernels.use_backend(backend):
+            fused_cam_transform_mse(*inputs, transform).backward()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                fused_cam_transform_mse(*inputs, transform).backward()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+    @pytest.mark.parametrize("kind", TRANSFORMS)
+    def test_transform_mse_in_a_cuda_graph(self, backend, kind):
+        transform = on("cuda", TRANSFORMS[kind])
+        inputs = transform_inputs(Case(device="cuda", channels=64), transform)
+
+        def step():
+            return torch.autograd.grad(fused_cam_transform_mse(*inputs, transform), inputs)
+
+        with camkernels.use_backend(backend):
+            side = torch.cuda.Stream()
+            with torch.cuda.stream(side):
+                step()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = step()
+            with torch.no_grad():
+                inputs[0].mul_(-0.5)
+            graph.replay()
+            fresh = step()
+        assert all(torch.equal(a, b) for a, b in zip(captured, fresh, strict=True))
 
     def test_cuda_graph(self, backend):
         case = Case(device="cuda", channels=64, shape=(14, 14), image_size=(64, 64))
