@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, floor, lcm
 from numbers import Integral, Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -229,7 +229,7 @@ class Scale(Transform):
         return moved, still, None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class Affine(Transform):
     """Each output position reads the input at ``matrix @ (x, y, 1)``.
 
@@ -244,24 +244,18 @@ class Affine(Transform):
 
     matrix: Tensor
 
-    def __post_init__(self) -> None:
-        matrix: object = self.matrix
-        if not isinstance(matrix, Tensor):
+    def __init__(self, matrix: Tensor | Sequence[Any]) -> None:
+        given: object = matrix
+        if not isinstance(given, Tensor):
             try:
-                matrix = torch.tensor(matrix, dtype=torch.float64)
+                given = torch.tensor(given, dtype=torch.float64)
             except (TypeError, ValueError):
-                kind = type(matrix).__name__
+                kind = type(given).__name__
                 raise TypeError(
                     f"Affine: matrix is a {kind}; it must be a tensor [2, 3] or [N, 2, 3]"
                 ) from None
-            object.__setattr__(self, "matrix", matrix)
-        if not matrix.is_floating_point():
-            dtype = str(matrix.dtype).removeprefix("torch.")
-            raise TypeError(f"Affine: matrix has dtype {dtype}; it must be a float type")
-        if matrix.dim() not in (2, 3) or matrix.shape[-2:] != (2, 3):
-            raise ValueError(f"Affine: matrix has shape {list(matrix.shape)}; it must be [2, 3] or [N, 2, 3]")
-        if matrix.requires_grad:
-            raise ValueError("Affine: matrix requires a gradient, and there is none; pass matrix.detach()")
+        _check_matrix(given)
+        object.__setattr__(self, "matrix", given)
 
     def __call__(self, images: Tensor) -> Tensor:
         wide = _images("Affine", images).to(_accumulate_dtype(images.dtype))
@@ -294,6 +288,16 @@ class Affine(Transform):
         if count == 0:  # affine_grid refuses an empty batch
             return matrix.new_empty((0, *images.shape[-2:], 2))
         return F.affine_grid(matrix, [count, 1, *images.shape[-2:]], align_corners=False)
+
+
+def _check_matrix(matrix: Tensor) -> None:
+    if not matrix.is_floating_point():
+        dtype = str(matrix.dtype).removeprefix("torch.")
+        raise TypeError(f"Affine: matrix has dtype {dtype}; it must be a float type")
+    if matrix.dim() not in (2, 3) or matrix.shape[-2:] != (2, 3):
+        raise ValueError(f"Affine: matrix has shape {list(matrix.shape)}; it must be [2, 3] or [N, 2, 3]")
+    if matrix.requires_grad:
+        raise ValueError("Affine: matrix requires a gradient, and there is none; pass matrix.detach()")
 
 
 def _is_whole(value: object) -> bool:

@@ -234,12 +234,24 @@ def _allocate_bwd(
     return like(features, need_features), like(features_t, need_features_t), like(weight, need_weight)
 
 
+def _suits_cuda(features: Tensor, features_t: Tensor, weight: Tensor, comparison: int) -> bool:
+    """Maps that fit into shared memory on every GPU that the kernels are built for; and of half types no more
+    classes than Triton would need matrix units for."""
+    cells = features_t.shape[2] * features_t.shape[3]
+    if comparison != ONE_GRID:
+        cells += features.shape[2] * features.shape[3]
+    return cells <= 8192 and (features.dtype == torch.float32 or weight.shape[0] < 64)
+
+
 define_op(
     "cam_transform_mse_fwd",
     "Tensor features, Tensor features_t, Tensor weight, Tensor? matrix, int[] whole, float[] fractions, "
     "int comparison, bool keep",
     ("means", "kept"),
     allocate=_allocate_fwd,
+    suits_cuda=lambda features, features_t, weight, matrix, whole, fractions, comparison, keep: _suits_cuda(
+        features, features_t, weight, comparison
+    ),
 )
 define_op(
     "cam_transform_mse_bwd",
@@ -248,4 +260,7 @@ define_op(
     "bool need_weight",
     ("grad_features", "grad_features_t", "grad_weight"),
     allocate=_allocate_bwd,
+    suits_cuda=lambda grad, features, features_t, weight, matrix, kept, whole, fractions, comparison, *rest: (
+        _suits_cuda(features, features_t, weight, comparison)
+    ),
 )

@@ -409,6 +409,8 @@ struct CommonGrid {
     }
   }
   static Taps<Real> fine_taps(int64_t index, int64_t size, int64_t fine) {
+    if (size == fine)
+      return {static_cast<int>(index), static_cast<int>(index), Real(0)};  // F.interpolate copies
     return source_taps(index, resample_scale<Real>(size, fine), static_cast<int>(size), false);
   }
 };

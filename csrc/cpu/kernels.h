@@ -64,9 +64,6 @@ struct Branch {
   int64_t cells() const { return height * width; }
 };
 
-// How T(M) and M' meet: cell by cell, or both resampled to a common grid.
-enum class Comparison : int64_t { kOneGrid, kNearest, kBilinear };
-
 struct CamTransformMse {
   Branch maps;        // of the images: F, with class activation maps M = W F
   Branch maps_t;      // of the transformed images: F', M'
