@@ -519,6 +519,22 @@ def test_an_exact_copy_reads_no_neighbour(backend, device):
 
 
 @pytest.mark.parametrize("backend, device", KERNEL_BACKENDS)
+@pytest.mark.parametrize("kind", ["shift", "affine", "nearest"])
+def test_a_nan_reaches_what_is_read_with_it(backend, device, kind):
+    """And nothing else: sums over cells must not multiply it by 0."""
+    case = replace(SMALL, device=device)
+    transform = transform_of(kind, case.shape)
+    features, features_t, weight = inputs_of(case, transform)
+    features[1, 2, 1, 2] = torch.nan
+    features_t[2, 0, 1, 1] = torch.nan
+    found = assert_matches_reference(backend, [features, features_t, weight], transform)
+    assert found.values[0].isnan().any(1).tolist() == [False, True, True]
+    for grad in found.grads[:2]:
+        assert grad[1:].isnan().any()
+        assert not grad[1:].isnan().all()
+
+
+@pytest.mark.parametrize("backend, device", KERNEL_BACKENDS)
 def test_a_matrix_of_nan_compares_nothing(backend, device):
     case = replace(SMALL, device=device)
     transform = Affine(torch.full((2, 3), torch.nan, device=device))
