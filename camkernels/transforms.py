@@ -27,6 +27,9 @@ __all__ = [
 ]
 
 
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
 class Axis(NamedTuple):
     """Output index ``i`` reads the input at ``step * i + offset + fraction``; it is valid in [begin, end)."""
 
@@ -223,9 +226,8 @@ class Scale(Transform):
         return resized.to(images.dtype)
 
     def compared(self, maps: Tensor, maps_t: Tensor) -> tuple[Tensor, Tensor, None]:
-        common = tuple(lcm(a, b) for a, b in zip(maps.shape[-2:], maps_t.shape[-2:], strict=True))
-        corners = {"align_corners": False} if self.mode == "bilinear" else {}
-        moved, still = (F.interpolate(x, common, mode=self.mode, **corners) for x in (maps, maps_t))
+        common = [lcm(int(a), int(b)) for a, b in zip(maps.shape[-2:], maps_t.shape[-2:], strict=True)]
+        moved, still = (_resize(x, common, self.mode) for x in (maps, maps_t))
         return moved, still, None
 
 
@@ -239,7 +241,8 @@ class Affine(Transform):
 
     Args:
         matrix: ``[2, 3]`` for all images or ``[N, 2, 3]``, one for each; a float tensor on the device of the
-            images, or nested numbers. It gets no gradient.
+            images, or nested numbers for images on the CPU. It gets no gradient, and a module that holds the
+            transform does not move it.
     """
 
     matrix: Tensor
@@ -290,10 +293,20 @@ class Affine(Transform):
         return F.affine_grid(matrix, [count, 1, *images.shape[-2:]], align_corners=False)
 
 
+def _resize(maps: Tensor, size: Sequence[int], mode: str) -> Tensor:
+    """To a multiple of the maps' size."""
+    if mode == "bilinear":
+        return F.interpolate(maps, list(size), mode=mode, align_corners=False)
+    # Not F.interpolate(mode="nearest"), which rounds in float32 and hits a neighbour at some sizes.
+    for dim in (-2, -1):
+        maps = maps.repeat_interleave(size[dim] // maps.shape[dim], dim)
+    return maps
+
+
 def _check_matrix(matrix: Tensor) -> None:
-    if not matrix.is_floating_point():
+    if matrix.dtype not in _FLOATS:
         dtype = str(matrix.dtype).removeprefix("torch.")
-        raise TypeError(f"Affine: matrix has dtype {dtype}; it must be a float type")
+        raise TypeError(f"Affine: matrix has dtype {dtype}; allowed are float64, float32, float16, bfloat16")
     if matrix.dim() not in (2, 3) or matrix.shape[-2:] != (2, 3):
         raise ValueError(f"Affine: matrix has shape {list(matrix.shape)}; it must be [2, 3] or [N, 2, 3]")
     if matrix.requires_grad:
@@ -305,7 +318,8 @@ def _is_whole(value: object) -> bool:
 
 
 def _inside(grid: Tensor) -> Tensor:
-    return (grid.abs() <= 1).all(-1)[:, None]  # [N, 1, H, W]
+    # Positions on the border, which no two ways of computing them agree on to the last bit, are inside.
+    return (grid.abs() <= 1 + 1e-9).all(-1)[:, None]  # [N, 1, H, W]
 
 
 def _interpolate(low: Tensor, high: Tensor, fraction: float) -> Tensor:

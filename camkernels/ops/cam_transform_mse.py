@@ -96,8 +96,13 @@ def mean_squares(
         matrix = transform.matrix.view(-1, 2, 3)
     elif isinstance(transform, Scale):
         comparison = COMMON_NEAREST if transform.mode == "nearest" else COMMON_BILINEAR
-    found = transform.resampling(*features.shape[-2:])
-    if found is not None:
+    else:
+        found = transform.resampling(*features.shape[-2:])
+        if found is None:
+            raise TypeError(
+                f"{function}: transform is a {type(transform).__name__}, of which the kernels know nothing; "
+                "camkernels.use_backend('reference') takes any Transform"
+            )
         whole, fractions = found.flat()
     weight = weight.detach() if detach_weight else weight
     means: Tensor = _CamTransformMse.apply(

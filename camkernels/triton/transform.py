@@ -43,7 +43,8 @@ def affine_taps(matrix_ptr, row, column, height, width):
     v = tl.load(matrix_ptr + 3) * x + tl.load(matrix_ptr + 4) * y + tl.load(matrix_ptr + 5)
     low_y, high_y, weight_y = position_taps(v, height)
     low_x, high_x, weight_x = position_taps(u, width)
-    valid = (u >= -1.0) & (u <= 1.0) & (v >= -1.0) & (v <= 1.0)
+    # Positions on the border are inside, however they are rounded: see csrc/shared/transform.h.
+    valid = (tl.abs(u) - 1.0 <= 1e-9) & (tl.abs(v) - 1.0 <= 1e-9)
     return low_y, high_y, weight_y, low_x, high_x, weight_x, valid
 
 

@@ -1,5 +1,6 @@
 // Torch bindings and threading of cam_transform_mse on the CPU.
 #include <algorithm>
+#include <numeric>
 #include <vector>
 
 #include "../common.h"
@@ -9,8 +10,9 @@
 namespace camkernels::cpu {
 namespace {
 
-// Classes that one task of forward takes: a small batch with many classes is cut up for the threads.
-constexpr int64_t kClassesPerTask = 256;
+// Classes that one task takes: a small batch with many classes is cut up for the threads.
+constexpr int64_t kForwardClasses = 256;
+constexpr int64_t kSlopeClasses = 64;
 
 Branch branch_of(const Tensor& features) {
   Branch branch{};
@@ -55,15 +57,18 @@ CamTransformMse describe(const Tensor& features, const Tensor& features_t, const
 
 // Calls run(image, first class, last class) for every image of a range, in parallel.
 template <typename Run>
-void for_class_blocks(const CamTransformMse& p, int64_t images, Run&& run) {
-  const int64_t blocks = (p.classes + kClassesPerTask - 1) / kClassesPerTask;
-  const int64_t cost =
-      p.channels * (p.maps.cells() + p.maps_t.cells()) * std::min(p.classes, kClassesPerTask);
+void for_class_blocks(const CamTransformMse& p, int64_t images, int64_t per_task, Run&& run) {
+  const int64_t blocks = (p.classes + per_task - 1) / per_task;
+  const int64_t cells = p.maps.cells() + p.maps_t.cells();
+  const int64_t common = p.comparison == Comparison::kBilinear ? std::lcm(p.maps.height, p.maps_t.height) *
+                                                                     std::lcm(p.maps.width, p.maps_t.width)
+                                                               : cells;
+  const int64_t cost = (p.channels * cells + common) * std::min(p.classes, per_task);
   torch::stable::parallel_for(0, images * blocks, grain(cost), [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       // Images go fastest: their weights are then still in cache.
-      const int64_t first = task / images * kClassesPerTask;
-      run(task % images, first, std::min(p.classes, first + kClassesPerTask));
+      const int64_t first = task / images * per_task;
+      run(task % images, first, std::min(p.classes, first + per_task));
     }
   });
 }
@@ -91,7 +96,7 @@ void cam_transform_mse_fwd_cpu(const Tensor& features, const Tensor& features_t,
   CamTransformMse p = describe(features, features_t, weight, matrix, whole, fractions, comparison);
   p.means = means.mutable_data_ptr();
   p.kept = keep ? kept.mutable_data_ptr() : nullptr;
-  for_class_blocks(p, p.images, [&](int64_t image, int64_t begin, int64_t end) {
+  for_class_blocks(p, p.images, kForwardClasses, [&](int64_t image, int64_t begin, int64_t end) {
     kernels().cam_transform_mse_fwd(p, image, begin, end);
   });
 }
@@ -105,7 +110,7 @@ void cam_transform_mse_bwd_cpu(const Tensor& grad_means, const Tensor& features,
   const auto accumulate = grad_means.scalar_type();
   CamTransformMse p = describe(features, features_t, weight, matrix, whole, fractions, comparison);
   p.grad_means = grad_means.const_data_ptr();
-  p.kept = kept.mutable_data_ptr();
+  p.kept = const_cast<void*>(kept.const_data_ptr());  // backward only reads it
   p.maps.grad = need_features ? grad_features.mutable_data_ptr() : nullptr;
   p.maps_t.grad = need_features_t ? grad_features_t.mutable_data_ptr() : nullptr;
   // Sums are made in the accumulation type, in place where the weight already is of it.
@@ -118,10 +123,11 @@ void cam_transform_mse_bwd_cpu(const Tensor& grad_means, const Tensor& features,
   if (p.comparison == Comparison::kOneGrid) {
     run_backward(p, 0, p.images);
   } else {
-    // A few images at a time, so that the gradients of both maps take a fraction of the memory of one map.
+    // A few images at a time: what is held of the gradients of their maps is an eighth of the maps, or a
+    // small part of the gradients of the features where that is more.
     const int64_t threads = torch::stable::get_num_threads();
-    const int64_t blocks = (p.classes + kClassesPerTask - 1) / kClassesPerTask;
-    const int64_t chunk = std::min(p.images, std::max<int64_t>(1, 2 * threads / blocks));
+    const int64_t little = std::max(p.images / 8, p.images * p.channels / (32 * p.classes));
+    const int64_t chunk = std::clamp<int64_t>(little, 1, std::min(p.images, 2 * threads));
     const Tensor slopes = torch::stable::new_empty(
         features, {chunk * p.classes * (p.maps.cells() + p.maps_t.cells())}, accumulate);
     const int64_t item = grad_means.element_size();
@@ -129,7 +135,7 @@ void cam_transform_mse_bwd_cpu(const Tensor& grad_means, const Tensor& features,
     p.slope_t = static_cast<char*>(p.slope) + chunk * p.classes * p.maps.cells() * item;
     for (int64_t first = 0; first < p.images; first += chunk) {
       const int64_t count = std::min(chunk, p.images - first);
-      for_class_blocks(p, count, [&](int64_t image, int64_t begin, int64_t end) {
+      for_class_blocks(p, count, kSlopeClasses, [&](int64_t image, int64_t begin, int64_t end) {
         kernels().cam_transform_mse_slopes(p, first, first + image, begin, end);
       });
       run_backward(p, first, first + count);

@@ -13,6 +13,8 @@
 #include <algorithm>
 #include <memory>
 #include <numeric>
+#include <optional>
+#include <vector>
 
 #include "kernels.h"
 #include "products.h"
@@ -20,7 +22,7 @@
 namespace camkernels::cpu {
 namespace {
 
-// Rows of channels, [cells][width], and what they are made of.
+// Rows of channels, one for each cell.
 template <typename Real>
 struct Cells {
   const Real* data;
@@ -29,10 +31,10 @@ struct Cells {
 };
 
 // Channels [channel, channel + width) of an image, width at most kChannelBlock. In place where they lie so;
-// else in `to`, [cells][kChannelBlock], behind which `staging` holds kChannelBlock * cells elements.
+// else in `to`, rows `stride` apart. `staging` holds kChannelBlock * cells elements.
 template <typename T>
 Cells<Accumulate<T>> load_cells(const Branch& branch, int64_t image, int64_t channels, int64_t channel,
-                                int64_t width, Accumulate<T>* to, Accumulate<T>* staging) {
+                                int64_t width, Accumulate<T>* to, int64_t stride, Accumulate<T>* staging) {
   using Real = Accumulate<T>;
   const int64_t cells = branch.cells();
   const T* features = static_cast<const T*>(branch.features.data) + image * channels * cells;
@@ -42,14 +44,14 @@ Cells<Accumulate<T>> load_cells(const Branch& branch, int64_t image, int64_t cha
       if (width % Lanes<Real>::kCount == 0) return {first, channels};
     }
     for (int64_t p = 0; p < cells; ++p) {
-      const Real* row = widened(first + p * channels, to + p * kChannelBlock, width);
-      if (row != to + p * kChannelBlock) std::memcpy(to + p * kChannelBlock, row, width * sizeof(Real));
+      const Real* row = widened(first + p * channels, to + p * stride, width);
+      if (row != to + p * stride) std::memcpy(to + p * stride, row, width * sizeof(Real));
     }
   } else {
     const T* first = features + channel * cells;
-    transpose(widened(first, staging, width * cells), cells, to, kChannelBlock, width, cells);
+    transpose(widened(first, staging, width * cells), cells, to, stride, width, cells);
   }
-  return {to, kChannelBlock};
+  return {to, stride};
 }
 
 // Lets `ahead` ask for channels [channel, channel + width) of an image.
@@ -97,13 +99,13 @@ struct Resampler {
   int64_t valid;
   bool between_rows, between_columns;
 
-  explicit Resampler(const CamTransformMse& p)
+  Resampler(const CamTransformMse& p, int64_t image)
       : sources(new Source<Real>[p.maps_t.cells()]),
         cells(p.maps_t.cells()),
         valid(0),
         between_rows(p.geometry.affine || p.geometry.rows.fraction != 0),
         between_columns(p.geometry.affine || p.geometry.columns.fraction != 0) {
-    locate(p, 0);
+    locate(p, image);
   }
 
   void locate(const CamTransformMse& p, int64_t image) {
@@ -153,12 +155,12 @@ struct Resampler {
     }
   }
 
-  // to = transpose of T applied to `from`; rows of both are kChannelBlock apart.
-  void scatter(const Real* from, Real* to, int64_t to_cells) const {
+  // to = transpose of T applied to `from`; `width` channels, rows of both are kChannelBlock apart.
+  void scatter(const Real* from, Real* to, int64_t to_cells, int64_t width) const {
     if (valid == cells && cells == to_cells && !between_rows && !between_columns) {  // a permutation
       for (int64_t cell = 0; cell < cells; ++cell) {
         std::memcpy(to + sources[cell].upper_left * kChannelBlock, from + cell * kChannelBlock,
-                    kChannelBlock * sizeof(Real));
+                    width * sizeof(Real));
       }
       return;
     }
@@ -169,23 +171,31 @@ struct Resampler {
       const Real* grad = from + cell * kChannelBlock;
       const Real lower = between_rows ? source.y : Real(0), upper = Real(1) - lower;
       const Real right = between_columns ? source.x : Real(0), left = Real(1) - right;
-      add(to, source.upper_left, grad, upper * left);
-      if (between_columns) add(to, source.upper_right, grad, upper * right);
-      if (between_rows) add(to, source.lower_left, grad, lower * left);
-      if (between_rows && between_columns) add(to, source.lower_right, grad, lower * right);
+      add(to, source.upper_left, grad, upper * left, width);
+      if (between_columns) add(to, source.upper_right, grad, upper * right, width);
+      if (between_rows) add(to, source.lower_left, grad, lower * left, width);
+      if (between_rows && between_columns) add(to, source.lower_right, grad, lower * right, width);
     }
   }
 
-  static void add(Real* to, int64_t cell, const Real* grad, Real weight) {
+  static void add(Real* to, int64_t cell, const Real* grad, Real weight, int64_t width) {
     Real* row = to + cell * kChannelBlock;
-    for (int64_t c = 0; c < kChannelBlock; c += Lanes<Real>::kCount) {
+    for (int64_t c = 0; c < width; c += Lanes<Real>::kCount) {
       store_vector(row + c, load_vector(row + c) + weight * load_vector(grad + c));
+    }
+  }
+
+  // Rows become their negatives, those of cells that are not valid 0, whatever W^T 0 may be.
+  void negate(Real* rows, int64_t width) const {
+    for (int64_t cell = 0; cell < cells; ++cell) {
+      Real* row = rows + cell * kChannelBlock;
+      for (int64_t c = 0; c < width; ++c) row[c] = sources[cell].valid ? -row[c] : Real(0);
     }
   }
 };
 
-// Channels of which forward holds all cells at once, so that they stay in the second-level cache, and what
-// dots multiplies at a time in the first-level one.
+// Channels of which forward holds all cells at once: these stay in the second-level cache, and the few rows
+// that dots multiplies at a time in the first-level one.
 inline int64_t forward_block(int64_t cells) {
   constexpr int64_t kElements = 48 << 10;
   const int64_t fit = kElements / cells / kChannelBlock * kChannelBlock;
@@ -245,12 +255,13 @@ void branch_maps(const CamTransformMse& p, const Branch& branch, int64_t image, 
                  Accumulate<T>* out) {
   using Real = Accumulate<T>;
   const int64_t cells = branch.cells();
-  const std::unique_ptr<Real[]> staging(new Real[2 * cells * kChannelBlock]);
+  const std::unique_ptr<Real[]> staging(new Real[cells * kChannelBlock]);
   class_maps<T>(
       p, cells, begin, end, out,
       [&](int64_t channel, int64_t width, Real* to, int64_t stride) {
-        const Cells<Real> rows = load_cells<T>(branch, image, p.channels, channel, width, staging.get(),
-                                               staging.get() + cells * kChannelBlock);
+        const Cells<Real> rows =
+            load_cells<T>(branch, image, p.channels, channel, width, to, stride, staging.get());
+        if (rows.data == to) return;
         for (int64_t cell = 0; cell < cells; ++cell) {
           std::memcpy(to + cell * stride, rows.at(cell), width * sizeof(Real));
         }
@@ -260,35 +271,81 @@ void branch_maps(const CamTransformMse& p, const Branch& branch, int64_t image, 
       });
 }
 
+// Two cells, one of either map, that overlap along one axis, and what part of the axis both cover.
+struct Overlap {
+  int64_t cell, cell_t;
+  double share;
+};
+
+inline std::vector<Overlap> overlaps(int64_t size, int64_t size_t) {
+  const double whole = static_cast<double>(size) * static_cast<double>(size_t);
+  std::vector<Overlap> found;
+  for (int64_t i = 0; i < size; ++i) {
+    const int64_t last = last_overlap(i, size, size_t);
+    for (int64_t j = first_overlap(i, size, size_t); j <= last; ++j) {
+      found.push_back({i, j, static_cast<double>(overlap(i, size, j, size_t)) / whole});
+    }
+  }
+  return found;
+}
+
+// Sums of many terms, lane by lane. A few terms make a run, runs a row, rows the total: a single sum over all
+// of them would lose digits.
+template <typename Real>
+class LaneSums {
+ public:
+  void add(Vector<Real> term) {
+    run_ += term;
+    if (++terms_ == kRun) end_run();
+  }
+  void end_row() {
+    end_run();
+    for (int l = 0; l < Lanes<Real>::kCount; ++l) total_[l] += row_[l];
+    std::fill_n(row_, Lanes<Real>::kCount, 0.0);
+  }
+  double total(int64_t lane) const { return total_[lane]; }
+
+ private:
+  void end_run() {
+    for (int l = 0; l < Lanes<Real>::kCount; ++l) row_[l] += static_cast<double>(run_[l]);
+    run_ = Vector<Real>{};
+    terms_ = 0;
+  }
+  static constexpr int kRun = 16;
+  Vector<Real> run_ = {};
+  int terms_ = 0;
+  double row_[Lanes<Real>::kCount] = {};
+  double total_[Lanes<Real>::kCount] = {};
+};
+
 // Two maps of as many classes as a vector has lanes, on a common grid: [cells] vectors each.
 template <typename Real>
-struct CommonGrid {
+class CommonGrid {
+ public:
   using Lane = Vector<Real>;
-  int64_t height, width, height_t, width_t;
-  bool nearest;
-  std::unique_ptr<Lane[]> maps, maps_t;            // values
-  std::unique_ptr<Lane[]> slope, slope_t;          // gradients, if wanted
-  std::unique_ptr<Lane[]> rows;                    // of bilinear: one row of both maps, and of both gradients
-  std::unique_ptr<Taps<Real>[]> across, across_t;  // of bilinear: what each column of the common grid reads
+  std::unique_ptr<Lane[]> maps, maps_t;    // values
+  std::unique_ptr<Lane[]> slope, slope_t;  // gradients, if wanted
 
   CommonGrid(const CamTransformMse& p, bool backward)
-      : height(p.maps.height),
-        width(p.maps.width),
-        height_t(p.maps_t.height),
-        width_t(p.maps_t.width),
-        nearest(p.comparison == Comparison::kNearest),
-        maps(new Lane[p.maps.cells()]),
+      : maps(new Lane[p.maps.cells()]),
         maps_t(new Lane[p.maps_t.cells()]),
         slope(backward ? new Lane[p.maps.cells()] : nullptr),
         slope_t(backward ? new Lane[p.maps_t.cells()] : nullptr),
-        rows(nearest ? nullptr : new Lane[2 * (width + width_t)]) {
-    if (nearest) return;
-    const int64_t wide = std::lcm(width, width_t);
-    across.reset(new Taps<Real>[wide]);
-    across_t.reset(new Taps<Real>[wide]);
+        height_(p.maps.height),
+        width_(p.maps.width),
+        height_t_(p.maps_t.height),
+        width_t_(p.maps_t.width),
+        nearest_(p.comparison == Comparison::kNearest) {
+    if (nearest_) {
+      rows_ = overlaps(height_, height_t_);
+      columns_ = overlaps(width_, width_t_);
+      return;
+    }
+    lines_.reset(new Lane[2 * (width_ + width_t_)]);
+    const int64_t wide = std::lcm(width_, width_t_);
     for (int64_t x = 0; x < wide; ++x) {
-      across[x] = fine_taps(x, width, wide);
-      across_t[x] = fine_taps(x, width_t, wide);
+      across_.push_back(fine_taps(x, width_, wide));
+      across_t_.push_back(fine_taps(x, width_t_, wide));
     }
   }
 
@@ -305,132 +362,126 @@ struct CommonGrid {
     }
   }
 
-  // Squared differences of `count` classes, each summed over the common grid and divided by its cells.
+  // Mean squared differences of `count` classes over the common grid.
   void means(int64_t count, Real* to) {
-    double sums[Lanes<Real>::kCount] = {};
-    const auto add = [&](Lane part) {
-      for (int l = 0; l < Lanes<Real>::kCount; ++l) sums[l] += static_cast<double>(part[l]);
-    };
-    if (nearest) {
-      walk_overlaps([&](int64_t cell, int64_t cell_t, Real area) {
-        const Lane difference = maps[cell] - maps_t[cell_t];
-        add(area * difference * difference);
-      });
+    LaneSums<Real> sums;
+    if (nearest_) {
+      for (const Overlap& row : rows_) {
+        for (const Overlap& column : columns_) {
+          const Lane difference = difference_of(row, column);
+          sums.add(static_cast<Real>(row.share * column.share) * difference * difference);
+        }
+        sums.end_row();
+      }
     } else {
-      walk_rows(add, false, Lane{});
+      for_each_line([&](const Taps<Real>&, const Taps<Real>&) {
+        for (size_t x = 0; x < across_.size(); ++x) {
+          const Lane difference = difference_at(x);
+          sums.add(difference * difference);
+        }
+        sums.end_row();
+      });
     }
-    for (int64_t l = 0; l < count; ++l) to[l] = static_cast<Real>(sums[l]);
+    const double cells = nearest_ ? 1.0 : common_cells();
+    for (int64_t l = 0; l < count; ++l) to[l] = static_cast<Real>(sums.total(l) / cells);
   }
 
   // Gradients of both maps, `scale` being twice that of each class's mean.
   void slopes(Lane scale) {
-    std::fill_n(slope.get(), height * width, Lane{});
-    std::fill_n(slope_t.get(), height_t * width_t, Lane{});
-    if (nearest) {
-      walk_overlaps([&](int64_t cell, int64_t cell_t, Real area) {
-        const Lane part = area * scale * (maps[cell] - maps_t[cell_t]);
-        slope[cell] += part;
-        slope_t[cell_t] -= part;
-      });
-    } else {
-      walk_rows([](Lane) {}, true, scale);
+    std::fill_n(slope.get(), height_ * width_, Lane{});
+    std::fill_n(slope_t.get(), height_t_ * width_t_, Lane{});
+    if (nearest_) {
+      for (const Overlap& row : rows_) {
+        for (const Overlap& column : columns_) {
+          const Lane part = static_cast<Real>(row.share * column.share) * scale * difference_of(row, column);
+          slope[row.cell * width_ + column.cell] += part;
+          slope_t[row.cell_t * width_t_ + column.cell_t] -= part;
+        }
+      }
+      return;
     }
+    const Lane each = scale / static_cast<Real>(common_cells());
+    Lane* grad = lines_.get() + width_ + width_t_;
+    Lane* grad_t = grad + width_;
+    for_each_line([&](const Taps<Real>& y, const Taps<Real>& y_t) {
+      std::fill_n(grad, width_ + width_t_, Lane{});
+      for (size_t x = 0; x < across_.size(); ++x) {
+        const Lane part = each * difference_at(x);
+        share(grad, across_[x], 1, part);
+        share(grad_t, across_t_[x], 1, -part);
+      }
+      for (int64_t j = 0; j < width_; ++j) share(slope.get() + j, y, width_, grad[j]);
+      for (int64_t j = 0; j < width_t_; ++j) share(slope_t.get() + j, y_t, width_t_, grad_t[j]);
+    });
   }
 
  private:
-  // Calls visit(cell, cell_t, their common area as a share of the whole).
-  template <typename Visit>
-  void walk_overlaps(Visit&& visit) const {
-    const double whole = static_cast<double>(height * height_t) * static_cast<double>(width * width_t);
-    for (int64_t i = 0; i < height; ++i) {
-      for (int64_t u = first_overlap(i, height, height_t); u <= last_overlap(i, height, height_t); ++u) {
-        const double tall = static_cast<double>(overlap(i, height, u, height_t));
-        for (int64_t j = 0; j < width; ++j) {
-          for (int64_t v = first_overlap(j, width, width_t); v <= last_overlap(j, width, width_t); ++v) {
-            const double area = tall * static_cast<double>(overlap(j, width, v, width_t)) / whole;
-            visit(i * width + j, u * width_t + v, static_cast<Real>(area));
-          }
-        }
-      }
-    }
+  double common_cells() const {
+    return static_cast<double>(std::lcm(height_, height_t_)) *
+           static_cast<double>(std::lcm(width_, width_t_));
   }
 
-  static void interpolate_row(const Lane* map, int64_t width, const Taps<Real>& y, Lane* row) {
-    for (int64_t j = 0; j < width; ++j) {
-      const Lane upper = map[y.low * width + j];
-      row[j] = upper + y.weight * (map[y.high * width + j] - upper);
-    }
-  }
-  static Lane interpolate(const Lane* row, const Taps<Real>& x) {
-    return row[x.low] + x.weight * (row[x.high] - row[x.low]);
-  }
-  static void share(Lane* to, int64_t low, int64_t high, Real weight, Lane value) {
-    to[low] += (Real(1) - weight) * value;
-    to[high] += weight * value;
-  }
-  static void share_row(const Lane* row, int64_t width, const Taps<Real>& y, Lane* map) {
-    for (int64_t j = 0; j < width; ++j) {
-      share(map + j, y.low * width, y.high * width, y.weight, row[j]);
-    }
+  Lane difference_of(const Overlap& row, const Overlap& column) const {
+    return maps[row.cell * width_ + column.cell] - maps_t[row.cell_t * width_t_ + column.cell_t];
   }
 
-  // Row by row over the common grid, of which nothing is stored. Calls visit(sum of a row's squared
-  // differences over the number of cells of the grid); with `backward` adds to the slopes.
-  template <typename Visit>
-  void walk_rows(Visit&& visit, bool backward, Lane scale) {
-    const int64_t tall = std::lcm(height, height_t), wide = std::lcm(width, width_t);
-    const Real share_of_one = static_cast<Real>(1 / (static_cast<double>(tall) * static_cast<double>(wide)));
-    Lane* row = rows.get();
-    Lane* row_t = row + width;
-    Lane* grad = row_t + width_t;
-    Lane* grad_t = grad + width;
-    for (int64_t y = 0; y < tall; ++y) {
-      const Taps<Real> at = fine_taps(y, height, tall), at_t = fine_taps(y, height_t, tall);
-      interpolate_row(maps.get(), width, at, row);
-      interpolate_row(maps_t.get(), width_t, at_t, row_t);
-      if (backward) std::fill_n(grad, width + width_t, Lane{});
-      Lane sum = {};
-      for (int64_t x = 0; x < wide; ++x) {
-        const Lane difference = interpolate(row, across[x]) - interpolate(row_t, across_t[x]);
-        if (backward) {
-          const Lane part = share_of_one * scale * difference;
-          share(grad, across[x].low, across[x].high, across[x].weight, part);
-          share(grad_t, across_t[x].low, across_t[x].high, across_t[x].weight, -part);
-        } else {
-          sum += difference * difference;
-        }
-      }
-      if (backward) {
-        share_row(grad, width, at, slope.get());
-        share_row(grad_t, width_t, at_t, slope_t.get());
-      } else {
-        visit(share_of_one * sum);
-      }
-    }
-  }
   static Taps<Real> fine_taps(int64_t index, int64_t size, int64_t fine) {
-    if (size == fine)
-      return {static_cast<int>(index), static_cast<int>(index), Real(0)};  // F.interpolate copies
+    const int cell = static_cast<int>(index);
+    if (size == fine) return {cell, cell, Real(0)};  // a copy, as F.interpolate makes it
     return source_taps(index, resample_scale<Real>(size, fine), static_cast<int>(size), false);
   }
+
+  // Row by row over the common grid, of which nothing is stored: visit(what it reads of either map), with
+  // both maps interpolated to its height.
+  template <typename Visit>
+  void for_each_line(Visit&& visit) {
+    const int64_t tall = std::lcm(height_, height_t_);
+    for (int64_t y = 0; y < tall; ++y) {
+      const Taps<Real> at = fine_taps(y, height_, tall), at_t = fine_taps(y, height_t_, tall);
+      interpolate_line(maps.get(), width_, at, lines_.get());
+      interpolate_line(maps_t.get(), width_t_, at_t, lines_.get() + width_);
+      visit(at, at_t);
+    }
+  }
+  static void interpolate_line(const Lane* map, int64_t width, const Taps<Real>& y, Lane* line) {
+    for (int64_t j = 0; j < width; ++j) {
+      const Lane upper = map[y.low * width + j];
+      line[j] = upper + y.weight * (map[y.high * width + j] - upper);
+    }
+  }
+  Lane difference_at(size_t x) const {
+    return interpolate(lines_.get(), across_[x]) - interpolate(lines_.get() + width_, across_t_[x]);
+  }
+  static Lane interpolate(const Lane* line, const Taps<Real>& x) {
+    return line[x.low] + x.weight * (line[x.high] - line[x.low]);
+  }
+  static void share(Lane* to, const Taps<Real>& taps, int64_t stride, Lane value) {
+    to[taps.low * stride] += (Real(1) - taps.weight) * value;
+    to[taps.high * stride] += taps.weight * value;
+  }
+
+  const int64_t height_, width_, height_t_, width_t_;
+  const bool nearest_;
+  std::vector<Overlap> rows_, columns_;        // nearest
+  std::unique_ptr<Lane[]> lines_;              // bilinear: a line of both maps, and of both gradients
+  std::vector<Taps<Real>> across_, across_t_;  // bilinear: what each column of the common grid reads
 };
 
 template <typename T>
 void fwd_one_grid(const CamTransformMse& p, int64_t image, int64_t begin, int64_t end, Accumulate<T>* maps) {
   using Real = Accumulate<T>;
   const int64_t cells = p.maps.cells(), cells_t = p.maps_t.cells();
-  Resampler<Real> resampler(p);
-  if (p.matrix_per_image) resampler.locate(p, image);
+  const Resampler<Real> resampler(p, image);
   const std::unique_ptr<Real[]> staging(new Real[2 * (cells + cells_t) * kChannelBlock]);
   Real* first = staging.get();
   Real* second = first + 2 * cells * kChannelBlock;
   class_maps<T>(
       p, cells_t, begin, end, maps,
       [&](int64_t channel, int64_t width, Real* to, int64_t stride) {
-        const Cells<Real> rows =
-            load_cells<T>(p.maps, image, p.channels, channel, width, first, first + cells * kChannelBlock);
+        const Cells<Real> rows = load_cells<T>(p.maps, image, p.channels, channel, width, first,
+                                               kChannelBlock, first + cells * kChannelBlock);
         const Cells<Real> rows_t = load_cells<T>(p.maps_t, image, p.channels, channel, width, second,
-                                                 second + cells_t * kChannelBlock);
+                                                 kChannelBlock, second + cells_t * kChannelBlock);
         resampler.difference(rows, rows_t, to, stride, width);
       },
       [&](int64_t channel, int64_t width, Ahead& ahead) {
@@ -438,10 +489,18 @@ void fwd_one_grid(const CamTransformMse& p, int64_t image, int64_t begin, int64_
         want_cells<T>(p.maps_t, image, p.channels, channel, width, ahead);
       });
   for (int64_t l = 0; l < end - begin; ++l) {
-    double sum = 0;
+    Real* map = maps + l * cells_t;
     for (int64_t cell = 0; cell < cells_t; ++cell) {
-      const Real difference = maps[l * cells_t + cell];
-      sum += static_cast<double>(difference) * static_cast<double>(difference);
+      if (!resampler.sources[cell].valid) map[cell] = 0;  // W 0 may be a NaN
+    }
+    constexpr int64_t kRun = 64;  // of runs a sum loses fewer digits than of single terms
+    double sum = 0;
+    for (int64_t first_cell = 0; first_cell < cells_t; first_cell += kRun) {
+      double run = 0;
+      for (int64_t cell = first_cell; cell < std::min(cells_t, first_cell + kRun); ++cell) {
+        run += static_cast<double>(map[cell]) * static_cast<double>(map[cell]);
+      }
+      sum += run;
     }
     const double count = static_cast<double>(std::max<int64_t>(resampler.valid, 1));
     static_cast<Real*>(p.means)[image * p.classes + begin + l] = static_cast<Real>(sum / count);
@@ -530,9 +589,14 @@ class ChannelGradients {
         weight_(new Real[p.classes * width_]()),
         sums_(new Real[p.grad_weight == nullptr ? 0 : p.classes * width_]()),
         scaled_(new Real[std::min(kClassBlock, p.classes) * std::max(p.maps.cells(), p.maps_t.cells())]) {
-    if (p.maps.grad == nullptr && p.maps_t.grad == nullptr) return;
+    const Real* grad_weight = static_cast<const Real*>(p.grad_weight);
     for (int64_t l = 0; l < p.classes; ++l) {
       load_row(p.weight, l * p.channels + begin, end - begin, weight_.get() + l * width_);
+      // Goes on from the sums of earlier images, so that their order does not depend on how many came before.
+      if (grad_weight != nullptr) {
+        std::memcpy(sums_.get() + l * width_, grad_weight + l * p.channels + begin,
+                    (end - begin) * sizeof(Real));
+      }
     }
   }
 
@@ -555,8 +619,11 @@ class ChannelGradients {
                       count, width_, first == 0, ahead);
       }
       if (p_.grad_weight != nullptr) {
-        product<Real>({rows, cells, 1}, values.data, values.stride, sums_.get() + first * width_, width_,
-                      count, cells, width_, false, ahead);
+        // Slices of cells: a single sum over a large map would lose digits.
+        for (int64_t cell = 0; cell < cells; cell += kCellBlock) {
+          product<Real>({rows + cell, cells, 1}, values.at(cell), values.stride, sums_.get() + first * width_,
+                        width_, count, std::min(kCellBlock, cells - cell), width_, false, ahead);
+        }
       }
     }
   }
@@ -567,22 +634,26 @@ class ChannelGradients {
     for (int64_t first = 0; first < p_.classes; first += kClassBlock) {
       const int64_t count = std::min(kClassBlock, p_.classes - first);
       if (to) sum += product_tiles<Real>(cells, width_);
-      if (p_.grad_weight != nullptr) sum += product_tiles<Real>(count, width_);
+      const int64_t slices = (cells + kCellBlock - 1) / kCellBlock;
+      if (p_.grad_weight != nullptr) sum += slices * product_tiles<Real>(count, width_);
     }
     return sum;
   }
 
-  // Adds what came together to the weight's gradient.
+  // Writes what came together to the weight's gradient.
   void finish(int64_t channels) {
     if (p_.grad_weight == nullptr) return;
     for (int64_t l = 0; l < p_.classes; ++l) {
-      Real* to = static_cast<Real*>(p_.grad_weight) + l * p_.channels + begin_;
-      for (int64_t c = 0; c < channels; ++c) to[c] += sums_[l * width_ + c];
+      std::memcpy(static_cast<Real*>(p_.grad_weight) + l * p_.channels + begin_, sums_.get() + l * width_,
+                  channels * sizeof(Real));
     }
   }
 
+  int64_t width() const { return width_; }
+
  private:
   static constexpr int64_t kLanes = Lanes<Real>::kCount;
+  static constexpr int64_t kCellBlock = 128;
   const CamTransformMse& p_;
   const int64_t begin_, width_;           // a whole number of vectors
   const std::unique_ptr<Real[]> weight_;  // [L][width_]
@@ -600,7 +671,7 @@ void cam_transform_mse_bwd(const CamTransformMse& p, int64_t image_begin, int64_
   const bool one_grid = p.comparison == Comparison::kOneGrid;
   const bool need_maps = p.maps.grad != nullptr, need_maps_t = p.maps_t.grad != nullptr;
   const bool need_weight = p.grad_weight != nullptr;
-  // Zeroed: lanes past the last channel take part in the arithmetic.
+  // Zeroed: lanes past the last channel take part in the arithmetic, though nothing reads what comes of them.
   const std::unique_ptr<Real[]> scratch(new Real[3 * block + 4 * block_t]());
   Real* rows_in = scratch.get();
   Real* staging = rows_in + block;
@@ -611,15 +682,16 @@ void cam_transform_mse_bwd(const CamTransformMse& p, int64_t image_begin, int64_
   Real* difference = grad_t + block_t;
   const std::unique_ptr<Real[]> factors(new Real[p.classes]);
   ChannelGradients<T> gradients(p, begin, end);
-  Resampler<Real> resampler(p);
+  std::optional<Resampler<Real>> resampler;
+  if (one_grid) resampler.emplace(p, image_begin);
   const int64_t tiles = one_grid ? gradients.tiles(cells_t, need_maps || need_maps_t)
                                  : gradients.tiles(cells, need_maps) + gradients.tiles(cells_t, need_maps_t);
 
   for (int64_t image = image_begin; image < image_end; ++image) {
     Cells<Real> rows{}, rows_t{};
     if (need_weight) {
-      rows = load_cells<T>(p.maps, image, p.channels, begin, width, rows_in, staging);
-      rows_t = load_cells<T>(p.maps_t, image, p.channels, begin, width, rows_in_t, staging_t);
+      rows = load_cells<T>(p.maps, image, p.channels, begin, width, rows_in, kChannelBlock, staging);
+      rows_t = load_cells<T>(p.maps_t, image, p.channels, begin, width, rows_in_t, kChannelBlock, staging_t);
     }
     Ahead ahead;
     if (need_weight && image + 1 < image_end) {
@@ -628,20 +700,16 @@ void cam_transform_mse_bwd(const CamTransformMse& p, int64_t image_begin, int64_
       ahead.spread_over(tiles);
     }
     if (one_grid) {
-      if (p.matrix_per_image) resampler.locate(p, image);
+      if (p.matrix_per_image) resampler->locate(p, image);
       const Real* means = static_cast<const Real*>(p.grad_means) + image * p.classes;
-      const Real scale = Real(2) / static_cast<Real>(std::max<int64_t>(resampler.valid, 1));
+      const Real scale = Real(2) / static_cast<Real>(std::max<int64_t>(resampler->valid, 1));
       for (int64_t l = 0; l < p.classes; ++l) factors[l] = scale * means[l];
-      if (need_weight) resampler.difference(rows, rows_t, difference, kChannelBlock, width);
+      if (need_weight) resampler->difference(rows, rows_t, difference, kChannelBlock, width);
       const Real* kept = static_cast<const Real*>(p.kept) + image * p.classes * cells_t;
       gradients.add(kept, factors.get(), cells_t, {difference, kChannelBlock},
                     need_maps || need_maps_t ? grad_t : nullptr, ahead);
-      if (need_maps) {
-        resampler.scatter(grad_t, grad, cells);
-      }
-      if (need_maps_t) {
-        for (int64_t i = 0; i < block_t; ++i) grad_t[i] = -grad_t[i];
-      }
+      if (need_maps) resampler->scatter(grad_t, grad, cells, gradients.width());
+      if (need_maps_t) resampler->negate(grad_t, gradients.width());
     } else {
       const int64_t at = (image - image_begin) * p.classes;
       gradients.add(static_cast<const Real*>(p.slope) + at * cells, nullptr, cells, rows,

@@ -71,7 +71,9 @@ CAMKERNELS_HD CellTaps<Real> cell_taps(const Geometry& geometry, const double* m
     const double y = (2.0 * row + 1.0) / geometry.height_t - 1.0;
     const double u = matrix[0] * x + matrix[1] * y + matrix[2];
     const double v = matrix[3] * x + matrix[4] * y + matrix[5];
-    const bool valid = u >= -1.0 && u <= 1.0 && v >= -1.0 && v <= 1.0;
+    // Positions on the border, which no two ways of computing them agree on to the last bit, are inside.
+    constexpr double kBorder = 1.0 + 1e-9;
+    const bool valid = u >= -kBorder && u <= kBorder && v >= -kBorder && v <= kBorder;
     return {position_taps<Real>(v, geometry.height), position_taps<Real>(u, geometry.width), valid};
   }
   const int64_t a = geometry.transposed ? column : row;
