@@ -45,8 +45,8 @@ void check_dots(int64_t m, int64_t n, int64_t k, bool overwrite) {
       wanted[i * row_stride + j] = sum;
     }
   }
-  dots<Real>(a.data(), a_stride, b.data(), b_stride, found.data(), row_stride, 1, m, n, k, nullptr,
-             overwrite, Nothing{});
+  dots<Real>(a.data(), a_stride, b.data(), b_stride, found.data(), row_stride, 1, m, n, k, nullptr, overwrite,
+             Nothing{});
   expect("dots", found, wanted, m, n, k);
 }
 

@@ -11,7 +11,7 @@ namespace camkernels::cpu {
 namespace {
 
 // Classes that one task takes: a small batch with many classes is cut up for the threads.
-constexpr int64_t kForwardClasses = 256;
+constexpr int64_t kForwardClasses = 512;
 constexpr int64_t kSlopeClasses = 64;
 
 Branch branch_of(const Tensor& features) {
@@ -55,10 +55,12 @@ CamTransformMse describe(const Tensor& features, const Tensor& features_t, const
   return p;
 }
 
-// Calls run(image, first class, last class) for every image of a range, in parallel.
+// Calls run(image, first class, last class) for every image of a range, in parallel; tasks have at most
+// `most` classes, all about as many.
 template <typename Run>
-void for_class_blocks(const CamTransformMse& p, int64_t images, int64_t per_task, Run&& run) {
-  const int64_t blocks = (p.classes + per_task - 1) / per_task;
+void for_class_blocks(const CamTransformMse& p, int64_t images, int64_t most, Run&& run) {
+  const int64_t blocks = (p.classes + most - 1) / most;
+  const int64_t per_task = (p.classes + blocks - 1) / blocks;
   const int64_t cells = p.maps.cells() + p.maps_t.cells();
   const int64_t common = p.comparison == Comparison::kBilinear ? std::lcm(p.maps.height, p.maps_t.height) *
                                                                      std::lcm(p.maps.width, p.maps_t.width)

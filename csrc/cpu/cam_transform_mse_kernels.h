@@ -351,15 +351,11 @@ class CommonGrid {
 
   // One class in each lane; lanes without a class are 0.
   static void gather(const Real* from, int64_t count, int64_t cells, Lane* to) {
-    std::fill_n(to, cells, Lane{});
-    for (int64_t l = 0; l < count; ++l) {
-      for (int64_t cell = 0; cell < cells; ++cell) to[cell][l] = from[l * cells + cell];
-    }
+    if (count < kLanes) std::fill_n(to, cells, Lane{});
+    transpose(from, cells, reinterpret_cast<Real*>(to), kLanes, count, cells);
   }
   static void spread(const Lane* from, int64_t count, int64_t cells, Real* to) {
-    for (int64_t l = 0; l < count; ++l) {
-      for (int64_t cell = 0; cell < cells; ++cell) to[l * cells + cell] = from[cell][l];
-    }
+    transpose(reinterpret_cast<const Real*>(from), kLanes, to, cells, cells, count);
   }
 
   // Mean squared differences of `count` classes over the common grid.
@@ -416,6 +412,8 @@ class CommonGrid {
   }
 
  private:
+  static constexpr int64_t kLanes = Lanes<Real>::kCount;
+
   double common_cells() const {
     return static_cast<double>(std::lcm(height_, height_t_)) *
            static_cast<double>(std::lcm(width_, width_t_));
