@@ -27,7 +27,7 @@ FLIP = HorizontalFlip()
 SCALE = Scale((80, 80))
 TRANSFORMS: dict[str, Transform] = {"flip": FLIP, "scale": SCALE}
 CROP = 32
-PRETRAINING = {"epochs": 8, "learning_rate": 0.1}
+PRETRAINING = {"epochs": 7, "learning_rate": 0.1}
 RESAMPLES = 100
 PICTURE_ROWS = 4
 
@@ -93,7 +93,7 @@ class VacEvaluation(Evaluation):
 class VacExperiment(Experiment[VacEvaluation]):
     title = "VAC"
     defaults: ClassVar = {
-        "train_scenes": 2000,
+        "train_scenes": 1600,
         "epochs": 3,
         "learning_rate": 0.05,
         "weight_decay": 5e-4,
