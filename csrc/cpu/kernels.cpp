@@ -9,77 +9,7 @@
 namespace camkernels::cpu {
 namespace {
 
-void run_cam_fwd(const CamFwd& p, int64_t begin, int64_t end) {
-  switch (p.features.dtype) {
-    case DType::kHalf:
-      return cam_fwd<Half>(p, begin, end);
-    case DType::kBFloat16:
-      return cam_fwd<BFloat16>(p, begin, end);
-    case DType::kDouble:
-      return cam_fwd<double>(p, begin, end);
-    default:
-      return cam_fwd<float>(p, begin, end);
-  }
-}
-
-void run_cam_bwd_maps(const CamBwd& p, int64_t begin, int64_t end) {
-  if (p.features.dtype == DType::kDouble) {
-    cam_bwd_maps<double>(p, begin, end);
-  } else {
-    cam_bwd_maps<float>(p, begin, end);
-  }
-}
-
-void run_cam_bwd_channels(const CamBwd& p, int64_t begin, int64_t end) {
-  switch (p.features.dtype) {
-    case DType::kHalf:
-      return cam_bwd_channels<Half>(p, begin, end);
-    case DType::kBFloat16:
-      return cam_bwd_channels<BFloat16>(p, begin, end);
-    case DType::kDouble:
-      return cam_bwd_channels<double>(p, begin, end);
-    default:
-      return cam_bwd_channels<float>(p, begin, end);
-  }
-}
-
-template <typename Real>
-void erase_fwd(const CamErase& p, int64_t image, int64_t row_begin, int64_t row_end) {
-  switch (p.image_dtype) {
-    case DType::kHalf:
-      return cam_erase_fwd<Real, Half>(p, image, row_begin, row_end);
-    case DType::kBFloat16:
-      return cam_erase_fwd<Real, BFloat16>(p, image, row_begin, row_end);
-    case DType::kDouble:
-      return cam_erase_fwd<Real, double>(p, image, row_begin, row_end);
-    default:
-      return cam_erase_fwd<Real, float>(p, image, row_begin, row_end);
-  }
-}
-
-template <typename Real>
-void erase_bwd(const CamErase& p, int64_t image) {
-  switch (p.image_dtype) {
-    case DType::kHalf:
-      return cam_erase_bwd<Real, Half>(p, image);
-    case DType::kBFloat16:
-      return cam_erase_bwd<Real, BFloat16>(p, image);
-    case DType::kDouble:
-      return cam_erase_bwd<Real, double>(p, image);
-    default:
-      return cam_erase_bwd<Real, float>(p, image);
-  }
-}
-
-void run_cam_erase_fwd(const CamErase& p, DType accumulate, int64_t image, int64_t row_begin,
-                       int64_t row_end) {
-  (accumulate == DType::kDouble ? erase_fwd<double> : erase_fwd<float>)(p, image, row_begin, row_end);
-}
-
-void run_cam_erase_bwd(const CamErase& p, DType accumulate, int64_t image) {
-  (accumulate == DType::kDouble ? erase_bwd<double> : erase_bwd<float>)(p, image);
-}
-
+// Calls function(a value of the element type).
 template <typename Function>
 void with_element_type(DType dtype, Function&& function) {
   switch (dtype) {
@@ -92,6 +22,44 @@ void with_element_type(DType dtype, Function&& function) {
     default:
       return function(float{});
   }
+}
+
+void run_cam_fwd(const CamFwd& p, int64_t begin, int64_t end) {
+  with_element_type(p.features.dtype, [&](auto element) { cam_fwd<decltype(element)>(p, begin, end); });
+}
+
+void run_cam_bwd_maps(const CamBwd& p, int64_t begin, int64_t end) {
+  if (p.features.dtype == DType::kDouble) {
+    cam_bwd_maps<double>(p, begin, end);
+  } else {
+    cam_bwd_maps<float>(p, begin, end);
+  }
+}
+
+void run_cam_bwd_channels(const CamBwd& p, int64_t begin, int64_t end) {
+  with_element_type(p.features.dtype,
+                    [&](auto element) { cam_bwd_channels<decltype(element)>(p, begin, end); });
+}
+
+template <typename Real>
+void erase_fwd(const CamErase& p, int64_t image, int64_t row_begin, int64_t row_end) {
+  with_element_type(p.image_dtype, [&](auto element) {
+    cam_erase_fwd<Real, decltype(element)>(p, image, row_begin, row_end);
+  });
+}
+
+template <typename Real>
+void erase_bwd(const CamErase& p, int64_t image) {
+  with_element_type(p.image_dtype, [&](auto element) { cam_erase_bwd<Real, decltype(element)>(p, image); });
+}
+
+void run_cam_erase_fwd(const CamErase& p, DType accumulate, int64_t image, int64_t row_begin,
+                       int64_t row_end) {
+  (accumulate == DType::kDouble ? erase_fwd<double> : erase_fwd<float>)(p, image, row_begin, row_end);
+}
+
+void run_cam_erase_bwd(const CamErase& p, DType accumulate, int64_t image) {
+  (accumulate == DType::kDouble ? erase_bwd<double> : erase_bwd<float>)(p, image);
 }
 
 void run_cam_transform_mse_fwd(const CamTransformMse& p, int64_t image, int64_t class_begin,
