@@ -167,7 +167,7 @@ def targets_table() -> list[str]:
     rows = [
         (
             "near the floor",
-            f"≤ {FLOOR_LIMIT['cpu']} x floor",
+            f"≤ {FLOOR_LIMIT['cpu']} x floor, of rows that bytes bind",
             f"≤ {FLOOR_LIMIT['cuda']} x floor at the large sizes",
         ),
         (

@@ -76,7 +76,10 @@ def _shifted(size: int, share: float) -> Axis:
 
 
 class Transform(ABC):
-    """What ``fused_cam_transform_mse`` accepts as its ``transform``."""
+    """What ``fused_cam_transform_mse`` accepts as its ``transform``.
+
+    One of one's own needs ``__call__`` and works with the backend ``reference``.
+    """
 
     @abstractmethod
     def __call__(self, images: Tensor) -> Tensor:
@@ -255,7 +258,8 @@ class Affine(Transform):
             except (TypeError, ValueError):
                 kind = type(given).__name__
                 raise TypeError(
-                    f"Affine: matrix is a {kind}; it must be a tensor [2, 3] or [N, 2, 3]"
+                    f"Affine: matrix is a {kind}; it must be a tensor [2, 3] or [N, 2, 3], "
+                    "or numbers in that form"
                 ) from None
         _check_matrix(given)
         object.__setattr__(self, "matrix", given)

@@ -228,11 +228,15 @@ TRANSFORMS = [
     ),
     (lambda: Scale(192, "bicubic"), ValueError, "Scale: mode is 'bicubic'; allowed are nearest, bilinear"),
     (lambda: Scale(192, 1), TypeError, "Scale: mode is a int; allowed are nearest, bilinear"),
-    (lambda: Affine("eye"), TypeError, "Affine: matrix is a str; it must be a tensor [2, 3] or [N, 2, 3]"),
+    (
+        lambda: Affine("eye"),
+        TypeError,
+        "Affine: matrix is a str; it must be a tensor [2, 3] or [N, 2, 3], or numbers in that form",
+    ),
     (
         lambda: Affine(torch.eye(2, 3).int()),
         TypeError,
-        "Affine: matrix has dtype int32; it must be a float type",
+        "Affine: matrix has dtype int32; allowed are float64, float32, float16, bfloat16",
     ),
     (
         lambda: Affine(torch.eye(3)),

@@ -35,7 +35,8 @@ class AttentionConsistencyLoss(nn.Module):
     Args:
         transform: one of ``camkernels.transforms``, or a sequence of them.
         factors: weight of each part, one number for each transform; 1 if not given. The released script for
-            MS-COCO has 0.6 for a flip and 0.8 for scaling.
+            MS-COCO has 0.6 for a flip and 0.8 for scaling. Raw heatmaps have no bound: where they are
+            large, a network trained from scratch needs less.
         preset: ``"paper"`` or ``"official"``, the released code; see below.
 
     Call with:

@@ -46,7 +46,8 @@ def fused_cam_transform_mse(
         reduction: ``"mean"`` and ``"sum"`` over images and classes; ``"none"`` gives each map's mean.
 
     Returns:
-        A scalar, or ``[N, L]`` for ``"none"``, in the dtype of ``features``. 0 for an empty batch, and for a
+        A scalar, or ``[N, L]`` for ``"none"``, in the dtype of ``features``; in float16 what exceeds 65504 is
+        infinite, where ``losses.AttentionConsistencyLoss`` returns float32. 0 for an empty batch, and for a
         map of which no cell is valid.
 
     Gradients: ``features``, ``features_t`` and, unless detached, ``weight``. At most one map per image and
@@ -77,10 +78,10 @@ def mean_squares(
     features = _checks.features(function, features)
     features_t = _checks.features(function, features_t, "features_t")
     weight = _checks.weight(function, weight, features)
-    if not isinstance(transform, Transform):
-        raise TypeError(
-            f"{function}: transform is a {type(transform).__name__}; it must be one of camkernels.transforms"
-        )
+    given: object = transform
+    if not isinstance(given, Transform):
+        what = f"the class {given.__name__}" if isinstance(given, type) else f"a {type(given).__name__}"
+        raise TypeError(f"{function}: transform is {what}; it must be one of camkernels.transforms")
     if not isinstance(detach_weight, bool):
         raise TypeError(f"{function}: detach_weight is a {type(detach_weight).__name__}; it must be a bool")
     _check_pair(function, features, features_t, transform)

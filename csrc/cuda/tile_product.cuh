@@ -46,9 +46,9 @@ __host__ __device__ Factors take_factors(Memory& memory, const Tiling& tiling) {
   return factors;
 }
 
-// Calls `function(fast, slow)` for fast < 32 * strips and slow < count: a warp's lanes run along `fast`,
+// Calls `load(fast, slow)` for fast < 32 * strips and slow < count: a warp's lanes run along `fast`,
 // which stays with a thread for as long as it can. kInFlight calls at a time, so that loads need not wait for
-// each other: `function` gives a value, `store(fast, slow, value)` takes it.
+// each other: `load` gives a value, `store(fast, slow, value)` takes it.
 template <int kInFlight, typename Load, typename Store>
 __device__ __forceinline__ void for_strips(int strips, int count, Load load, Store store) {
   const int warp = threadIdx.x / kWarp;

@@ -54,7 +54,7 @@ CAMKERNELS_HD Taps<Real> axis_taps(const Axis& axis, int64_t index, int size) {
 template <typename Real>
 CAMKERNELS_HD Taps<Real> position_taps(double position, int size) {
   double source = ((position + 1.0) * size - 1.0) / 2.0;
-  // Not source > 0 ? source : 0: a NaN, of a matrix that holds one, must not become an index.
+  // Not source < 0 ? 0 : source: a NaN, of a matrix that holds one, must not become an index.
   if (!(source > 0.0)) source = 0.0;
   if (source > size - 1.0) source = size - 1.0;
   const int low = static_cast<int>(source);
