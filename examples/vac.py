@@ -98,6 +98,7 @@ class VacExperiment(Experiment[VacEvaluation]):
         "learning_rate": 0.05,
         "weight_decay": 5e-4,
         "repeats": 7,
+        "output": Path("demo-vac"),
     }
     no_folder = "a folder gives each image one class, and vac is about images of several; use --method pcl"
 

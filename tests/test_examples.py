@@ -293,6 +293,11 @@ def test_vac_from_end_to_end(tmp_path, capsys):
         assert picture.width <= 1700
 
 
+def test_each_method_has_a_folder_of_its_own():
+    folders = [train_digit_scenes.parse(["--method", method]).output.name for method in ("pcl", "vac")]
+    assert folders == ["demo", "demo-vac"]
+
+
 def test_the_loss_of_vac():
     """Cross-entropy over all versions, plus eq. 5 and 7; without a factor, the cross-entropy alone."""
     torch.manual_seed(0)
