@@ -11,18 +11,23 @@ from camkernels._backend import use_backend
 from camkernels._version import __version__
 from camkernels.ops.cam import fused_cam
 from camkernels.ops.cam_erase import CamErase, fused_cam_erase
+from camkernels.ops.cam_seeds import CamSeeds, fused_cam_seeds
 from camkernels.ops.cam_transform_mse import fused_cam_transform_mse
 from camkernels.ops.focus_area import FocusArea, focus_area
+from camkernels.ops.stochastic_consistency import stochastic_consistency
 
 __all__ = [
     "CamErase",
+    "CamSeeds",
     "FocusArea",
     "__version__",
     "focus_area",
     "fused_cam",
     "fused_cam_erase",
+    "fused_cam_seeds",
     "fused_cam_transform_mse",
     "losses",
+    "stochastic_consistency",
     "transforms",
     "use_backend",
 ]

@@ -53,19 +53,24 @@ def define_op(
     """Define ``camkernels::<name>(arguments, str backend) -> outputs``.
 
     ``prepare`` maps the arguments to those that kernels read in place; the device and the dtype of the
-    first choose the backend. ``suits_cuda`` tells from the prepared arguments whether ``auto`` should take
-    the CUDA kernels; else it takes Triton's, where those work.
+    first choose the backend. An op that writes into an argument, ``Tensor(a!)``, has no outputs, and its
+    ``prepare`` leaves that argument as it is. ``suits_cuda`` tells from the prepared arguments whether
+    ``auto`` should take the CUDA kernels; else it takes Triton's, where those work.
     """
     results = ", ".join("Tensor" for _ in outputs)
-    written = ", ".join(f"Tensor({chr(97 + i)}!) {output}" for i, output in enumerate(outputs))
+    written = (f"Tensor({chr(97 + i)}!) {output}" for i, output in enumerate(outputs))
     _LIB.define(f"{name}({arguments}, str backend) -> ({results})", tags=(torch.Tag.pt2_compliant_tag,))
-    _CPP.define(f"{name}({arguments}, {written}) -> ()")
+    _CPP.define(f"{name}({', '.join((arguments, *written))}) -> ()")
     cpp = getattr(torch.ops.camkernels_cpp, name)
 
-    def fake(*args: Any) -> tuple[Tensor, ...]:
-        return allocate(*prepare(*args[:-1]))
+    def returned(filled: tuple[Tensor, ...]) -> Any:
+        """As the schema has it: nothing, a tensor, or a tuple of them."""
+        return filled if len(filled) > 1 else (*filled, None)[0]
 
-    def run(*args: Any) -> tuple[Tensor, ...]:
+    def fake(*args: Any) -> Any:
+        return returned(allocate(*prepare(*args[:-1])))
+
+    def run(*args: Any) -> Any:
         *inputs, requested = args
         prepared = prepare(*inputs)
         filled = allocate(*prepared)
@@ -73,14 +78,14 @@ def define_op(
         if first.shape[0] == 0:  # no image: nothing to launch, gradients of parameters are zero
             for output in filled:
                 output.zero_()
-            return filled
+            return returned(filled)
         backend = _backend.resolve(name, requested, first.device.type, first.dtype)
         if backend == "cuda" and requested == "auto" and not suits_cuda(*prepared):
             reason = _backend.why_not("triton", first.device.type, first.dtype)
             backend = "triton" if reason is None else backend
         launcher = getattr(importlib.import_module("camkernels.triton"), name) if backend == "triton" else cpp
         launcher(*prepared, *filled)
-        return filled
+        return returned(filled)
 
     _LIB.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"camkernels::{name}", fake, lib=_LIB)

@@ -63,7 +63,15 @@ def bias(function: str, value: object, weight: Tensor) -> Tensor | None:
     return same_device(function, "bias", value, weight, "weight")
 
 
-def target(function: str, value: object, features: Tensor, shape: str, dims: Sequence[int]) -> Tensor:
+def target(
+    function: str,
+    value: object,
+    features: Tensor,
+    shape: str,
+    dims: Sequence[int],
+    argument: str = "features",
+) -> Tensor:
+    """``argument`` names the tensor that ``target`` holds the classes of."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{function}: target is a {type(value).__name__}; it must be a tensor {shape}")
     if value.dtype not in (torch.int64, torch.int32):
@@ -72,12 +80,12 @@ def target(function: str, value: object, features: Tensor, shape: str, dims: Seq
         raise ValueError(f"{function}: target has shape {list(value.shape)}; it must be {shape}")
     if value.shape[0] != features.shape[0]:
         raise ValueError(
-            f"{function}: target has {value.shape[0]} images and features {features.shape[0]}; "
+            f"{function}: target has {value.shape[0]} images and {argument} {features.shape[0]}; "
             "they must be equal"
         )
     if value.dim() == 2 and value.shape[1] == 0:
         raise ValueError(f"{function}: target has shape {list(value.shape)}; K must be at least 1")
-    return same_device(function, "target", value, features)
+    return same_device(function, "target", value, features, argument)
 
 
 def classes_in_range(function: str, target: Tensor | None, weight: Tensor) -> None:
@@ -107,6 +115,51 @@ def images(function: str, value: object, features: Tensor) -> Tensor:
     return same_device(function, "images", value, features)
 
 
+def seed_features(function: str, value: object, features: Tensor) -> Tensor:
+    value = tensor(function, "seed_features", value, "[N, D, H, W] or None", (4,))
+    if value.shape[1] == 0:
+        raise ValueError(f"{function}: seed_features has shape {list(value.shape)}; D must be at least 1")
+    images, _, height, width = features.shape
+    if (value.shape[0], *value.shape[2:]) != (images, height, width):
+        raise ValueError(
+            f"{function}: seed_features has shape {list(value.shape)} and features {list(features.shape)}; "
+            f"it must be [{images}, D, {height}, {width}]"
+        )
+    return same_device(function, "seed_features", value, features)
+
+
+def noise(function: str, value: object, features: Tensor) -> Tensor:
+    images, _, height, width = features.shape
+    allowed = f"[N, H * W], here [{images}, {height * width}]"
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{function}: noise is a {type(value).__name__}; it must be a tensor {allowed}")
+    if value.dtype != torch.float32:
+        raise TypeError(f"{function}: noise has dtype {_name(value.dtype)}; it must be float32")
+    if value.shape != (images, height * width):
+        raise ValueError(f"{function}: noise has shape {list(value.shape)}; it must be {allowed}")
+    return same_device(function, "noise", value, features)
+
+
+def generator(function: str, value: object, features: Tensor) -> torch.Generator:
+    if not isinstance(value, torch.Generator):
+        raise TypeError(f"{function}: generator is a {type(value).__name__}; it must be a torch.Generator")
+    if value.device.type != features.device.type:
+        raise ValueError(
+            f"{function}: generator is on {value.device} and features on {features.device}; "
+            "they must be on one device"
+        )
+    return value
+
+
+def vectors(function: str, value: object) -> Tensor:
+    value = tensor(function, "vectors", value, "[N, K, D]", (3,))
+    if 0 in value.shape[1:]:
+        raise ValueError(
+            f"{function}: vectors has shape {list(value.shape)}; K and D must be at least 1 (N may be 0)"
+        )
+    return value
+
+
 def same_device(
     function: str, argument: str, value: Tensor, other: Tensor, other_argument: str = "features"
 ) -> Tensor:
@@ -122,6 +175,22 @@ def number(function: str, argument: str, value: object, allowed: str) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{function}: {argument} is a {type(value).__name__}; it must be a number {allowed}")
     return float(value)
+
+
+def positive_int(function: str, argument: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(
+            f"{function}: {argument} is a {type(value).__name__}; it must be an integer of at least 1"
+        )
+    if value < 1:
+        raise ValueError(f"{function}: {argument} is {value}; it must be an integer of at least 1")
+    return value  # type: ignore[return-value]  # a SymInt stays one
+
+
+def flag(function: str, argument: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{function}: {argument} is a {type(value).__name__}; it must be True or False")
+    return value
 
 
 def in_open_interval(

@@ -2,7 +2,16 @@
 
 from camkernels.reference.cam import cam
 from camkernels.reference.cam_erase import cam_erase
+from camkernels.reference.cam_seeds import cam_seeds
 from camkernels.reference.cam_transform_mse import cam_transform_mse
 from camkernels.reference.focus_area import focus_area
+from camkernels.reference.stochastic_consistency import stochastic_consistency
 
-__all__ = ["cam", "cam_erase", "cam_transform_mse", "focus_area"]
+__all__ = [
+    "cam",
+    "cam_erase",
+    "cam_seeds",
+    "cam_transform_mse",
+    "focus_area",
+    "stochastic_consistency",
+]
