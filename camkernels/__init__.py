@@ -6,7 +6,7 @@ One call per loss, exact values and gradients, no host synchronisation:
     erased, cam = fused_cam_erase(features, classifier.weight, target, images)
 """
 
-from camkernels import losses, transforms
+from camkernels import losses, metrics, transforms
 from camkernels._backend import use_backend
 from camkernels._version import __version__
 from camkernels.ops.cam import fused_cam
@@ -27,6 +27,7 @@ __all__ = [
     "fused_cam_seeds",
     "fused_cam_transform_mse",
     "losses",
+    "metrics",
     "stochastic_consistency",
     "transforms",
     "use_backend",
