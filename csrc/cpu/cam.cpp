@@ -28,21 +28,27 @@ void sum_bias(const CamBwd& p, bool wide, void* grad_bias) {
 
 }  // namespace
 
+CamFwd describe_cam_fwd(const Tensor& features, const Tensor& weight, const std::optional<Tensor>& target,
+                        const std::optional<Tensor>& bias, bool normalize, double eps, const Tensor& cam,
+                        const Tensor& cam32, const Tensor& extent) {
+  return {any_array(features),
+          any_array(weight),
+          any_array(target),
+          any_array(bias),
+          cam.mutable_data_ptr(),
+          output_pointer(cam32),
+          normalize ? extent.mutable_data_ptr() : nullptr,
+          features.size(1),
+          features.size(2) * features.size(3),
+          cam.size(1),
+          is_channels_last(features),
+          eps};
+}
+
 void launch_cam_fwd(const Tensor& features, const Tensor& weight, const std::optional<Tensor>& target,
                     const std::optional<Tensor>& bias, bool normalize, double eps, const Tensor& cam,
                     const Tensor& cam32, const Tensor& extent) {
-  const CamFwd p{any_array(features),
-                 any_array(weight),
-                 any_array(target),
-                 any_array(bias),
-                 cam.mutable_data_ptr(),
-                 output_pointer(cam32),
-                 normalize ? extent.mutable_data_ptr() : nullptr,
-                 features.size(1),
-                 features.size(2) * features.size(3),
-                 cam.size(1),
-                 is_channels_last(features),
-                 eps};
+  const CamFwd p = describe_cam_fwd(features, weight, target, bias, normalize, eps, cam, cam32, extent);
   const int64_t blocks = features.size(0) * ((p.maps + kMapBlock - 1) / kMapBlock);
   const int64_t cost = p.channels * p.pixels * std::min(p.maps, kMapBlock);
   torch::stable::parallel_for(0, blocks, grain(cost),

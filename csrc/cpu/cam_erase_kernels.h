@@ -142,26 +142,13 @@ inline void add_scaled(const Real* __restrict from, Real scale, Real* __restrict
   for (int64_t i = 0; i < row; ++i) to[i] += scale * from[i];
 }
 
-template <typename T>
-inline T narrowed(Accumulate<T> value) {
-  T result;
-  if constexpr (std::is_same_v<T, Half>) {
-    result = to_half(value);
-  } else if constexpr (std::is_same_v<T, BFloat16>) {
-    result = to_bfloat16(value);
-  } else {
-    result = value;
-  }
-  return result;
-}
-
 // The fill of every element of a row: [planes][row].
 template <typename T>
 std::unique_ptr<T[]> fill_rows(const CamErase& p, const Geometry& g) {
   std::unique_ptr<T[]> fill(new T[g.planes * g.row]);
   for (int64_t i = 0; i < g.planes * g.row; ++i) {
     const int64_t d = g.planes > 1 ? i / g.row : i % g.repeats;
-    fill[i] = narrowed<T>(static_cast<Accumulate<T>>(p.fill[d]));
+    fill[i] = from_real<T>(static_cast<Accumulate<T>>(p.fill[d]));
   }
   return fill;
 }

@@ -31,6 +31,9 @@ inline void check_target(const char* function, const std::optional<Tensor>& targ
 }
 
 // The front of every op that starts from class activation maps; `target` has been checked.
+CamFwd describe_cam_fwd(const Tensor& features, const Tensor& weight, const std::optional<Tensor>& target,
+                        const std::optional<Tensor>& bias, bool normalize, double eps, const Tensor& cam,
+                        const Tensor& cam32, const Tensor& extent);
 void launch_cam_fwd(const Tensor& features, const Tensor& weight, const std::optional<Tensor>& target,
                     const std::optional<Tensor>& bias, bool normalize, double eps, const Tensor& cam,
                     const Tensor& cam32, const Tensor& extent);

@@ -4,7 +4,9 @@
 
 #include "cam_erase_kernels.h"
 #include "cam_kernels.h"
+#include "cam_seeds_kernels.h"
 #include "cam_transform_mse_kernels.h"
+#include "stochastic_consistency_kernels.h"
 
 namespace camkernels::cpu {
 namespace {
@@ -83,12 +85,36 @@ void run_cam_transform_mse_bwd(const CamTransformMse& p, int64_t image_begin, in
   });
 }
 
+void run_cam_seeds_bwd(const CamSeedsBwd& p, int64_t image, int64_t channel_begin, int64_t channel_end) {
+  with_element_type(p.grad_vectors.dtype, [&](auto element) {
+    cam_seeds_bwd<decltype(element)>(p, image, channel_begin, channel_end);
+  });
+}
+
+void run_stochastic_consistency_fwd(const StochasticConsistency& p, int64_t begin, int64_t end) {
+  with_element_type(p.vectors.dtype,
+                    [&](auto element) { stochastic_consistency_fwd<decltype(element)>(p, begin, end); });
+}
+
+void run_stochastic_consistency_bwd(const StochasticConsistency& p, int64_t begin, int64_t end) {
+  with_element_type(p.vectors.dtype,
+                    [&](auto element) { stochastic_consistency_bwd<decltype(element)>(p, begin, end); });
+}
+
 }  // namespace
 
 extern const Kernels CAMKERNELS_TABLE;
-const Kernels CAMKERNELS_TABLE = {
-    CAMKERNELS_ISA,           run_cam_fwd,       run_cam_bwd_maps,          run_cam_bwd_channels,
-    run_cam_erase_fwd,        run_cam_erase_bwd, run_cam_transform_mse_fwd, run_cam_transform_mse_slopes,
-    run_cam_transform_mse_bwd};
+const Kernels CAMKERNELS_TABLE = {CAMKERNELS_ISA,
+                                  run_cam_fwd,
+                                  run_cam_bwd_maps,
+                                  run_cam_bwd_channels,
+                                  run_cam_erase_fwd,
+                                  run_cam_erase_bwd,
+                                  run_cam_transform_mse_fwd,
+                                  run_cam_transform_mse_slopes,
+                                  run_cam_transform_mse_bwd,
+                                  run_cam_seeds_bwd,
+                                  run_stochastic_consistency_fwd,
+                                  run_stochastic_consistency_bwd};
 
 }  // namespace camkernels::cpu

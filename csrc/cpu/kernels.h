@@ -54,6 +54,30 @@ struct CamErase {
   double threshold, sharpness;  // sharpness 0 erases hard
 };
 
+struct CamSeedsBwd {
+  void* grad;              // [N, D, pixels], or [N, pixels, D] if channels_last
+  AnyArray grad_vectors;   // [N, K, D], dtype of grad
+  const int64_t* indices;  // [N, K]
+  int64_t seeds, depth, pixels;
+  bool channels_last;
+  bool streamed;  // grad is written past the caches
+  bool add;       // to what grad holds already; else all of it is written
+};
+
+// Images sorted into groups, those of one class: place s holds image order[s], and the group is of the
+// places begin[s] to end[s] - 1.
+struct StochasticConsistency {
+  AnyArray vectors;      // [N, K, D]
+  const int64_t* order;  // [N]
+  const int64_t* begin;  // [N]
+  const int64_t* end;    // [N]
+  int64_t seeds, depth;
+  bool squared;
+  void* sums;          // [N, K], accumulation type; forward only
+  const void* scale;   // [], accumulation type; backward only
+  void* grad_vectors;  // [N, K, D]; backward only
+};
+
 // Last feature maps of one of the two branches.
 struct Branch {
   AnyArray features;  // [N, C, H, W], or [N, H, W, C] if channels_last
@@ -99,6 +123,10 @@ struct Kernels {
                                    int64_t class_begin, int64_t class_end);
   void (*cam_transform_mse_bwd)(const CamTransformMse&, int64_t image_begin, int64_t image_end,
                                 int64_t channel_begin, int64_t channel_end);
+  void (*cam_seeds_bwd)(const CamSeedsBwd&, int64_t image, int64_t channel_begin, int64_t channel_end);
+  // Items are places times seeds: item = place * seeds + seed.
+  void (*stochastic_consistency_fwd)(const StochasticConsistency&, int64_t item_begin, int64_t item_end);
+  void (*stochastic_consistency_bwd)(const StochasticConsistency&, int64_t item_begin, int64_t item_end);
 };
 
 // Maps of one image that a thread computes together: enough to reuse each feature it loads, few enough

@@ -72,6 +72,26 @@ inline Half to_half(float value) {
 template <typename T>
 using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+template <typename T>
+inline Accumulate<T> to_real(T value) {
+  if constexpr (std::is_same_v<T, Accumulate<T>>) {
+    return value;
+  } else {
+    return to_float(value);
+  }
+}
+
+template <typename T>
+inline T from_real(Accumulate<T> value) {
+  if constexpr (std::is_same_v<T, Half>) {
+    return to_half(value);
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    return to_bfloat16(value);
+  } else {
+    return value;
+  }
+}
+
 inline void widen(const BFloat16* from, float* to, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[i]);
 }
