@@ -68,8 +68,8 @@ def squared_distances_kernel(
 
 @triton.jit
 def squared_distances_bwd_kernel(
-    scale_ptr,  # [] float32
     vectors_ptr,  # [N, K, D]
+    scale_ptr,  # [] float32
     order_ptr,  # [N] int64
     begin_ptr,  # [N] int64
     end_ptr,  # [N] int64
@@ -139,8 +139,8 @@ def distances_kernel(
 
 @triton.jit
 def distances_bwd_kernel(
-    scale_ptr,  # [] float32
     vectors_ptr,  # [N, K, D]
+    scale_ptr,  # [] float32
     order_ptr,  # [N] int64
     begin_ptr,  # [N] int64
     end_ptr,  # [N] int64
@@ -208,8 +208,8 @@ def stochastic_consistency_fwd(
 
 
 def stochastic_consistency_bwd(
-    scale: Tensor,  # []
     vectors: Tensor,  # [N, K, D]
+    scale: Tensor,  # []
     order: Tensor,  # [N]
     begin: Tensor,  # [N]
     end: Tensor,  # [N]
@@ -221,8 +221,8 @@ def stochastic_consistency_bwd(
         if squared:
             block_d = power_of_two(channels, 1, 256)
             squared_distances_bwd_kernel[(images * seeds * triton.cdiv(channels, block_d),)](
-                scale,
                 vectors,
+                scale,
                 order,
                 begin,
                 end,
@@ -237,8 +237,8 @@ def stochastic_consistency_bwd(
             # A program has all channels where it can: with fewer it makes each distance again.
             block_d = power_of_two(channels, 1, 2048)
             distances_bwd_kernel[(images * seeds * triton.cdiv(channels, block_d),)](
-                scale,
                 vectors,
+                scale,
                 order,
                 begin,
                 end,
@@ -246,5 +246,5 @@ def stochastic_consistency_bwd(
                 seeds,
                 channels,
                 BLOCK_D=block_d,
-                num_warps=4,
+                num_warps=power_of_two(block_d // 256, 4, 8),
             )
