@@ -53,6 +53,7 @@ def fused_cam_seeds(
         noise: the keys, ``[N, H * W]``, float32 in [0, 1); None draws them by ``torch.rand``. The same noise
             gives the same seeds on every backend.
         generator: what draws the noise, on the device of ``features``; None is PyTorch's own.
+            ``torch.compile`` traces no generator: draw ``noise`` outside instead.
         eps: a map whose range is at most this is 0 everywhere: it has no candidate, and its gradient is 0.
 
     Returns:
@@ -134,10 +135,10 @@ def _keys(
                 "leave one out"
             )
         return noise
-    images, _, height, width = features.shape
-    return torch.rand(
-        (images, height * width), generator=generator, device=features.device, dtype=torch.float32
-    )
+    shape = (features.shape[0], features.shape[2] * features.shape[3])
+    if generator is None:  # the overload that torch.compile traces with dynamic shapes
+        return torch.rand(shape, device=features.device, dtype=torch.float32)
+    return torch.rand(shape, generator=generator, device=features.device, dtype=torch.float32)
 
 
 class _CamSeeds(torch.autograd.Function):
