@@ -1,0 +1,183 @@
+"""Global consistency: objects of one class look alike throughout the training set."""
+
+from math import nan
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from camkernels.losses import _distributed
+from camkernels.ops import _checks
+
+
+@torch.library.custom_op("camkernels::snapshot", mutates_args=())
+def _opaque_clone(tensor: Tensor) -> Tensor:
+    return tensor.clone()
+
+
+@_opaque_clone.register_fake
+def _(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor)
+
+
+def _snapshot(tensor: Tensor) -> Tensor:
+    """The tensor as it is now, for a graph that goes on to change it in place.
+
+    A compiled backward may read an input of its forward again, rather than keep what was made of it, even
+    though forward has changed that input since (pytorch/pytorch#197039): the gradient would be wrong. The
+    result of an op that the compiler cannot look into is kept.
+    """
+    return _opaque_clone(tensor) if torch.compiler.is_compiling() else tensor
+
+
+class GlobalConsistencyLoss(nn.Module):
+    """Global consistency: the seed vectors of a class must be close to its centre, which follows them.
+
+        a_y = mean of all seed vectors of all images of class y in the batch
+        loss = mean over classes y in the batch of ||a_y - w_y||**2
+        w_y = (1 - eta) * w_y + eta * a_y,  eta = exp(-decay * t_y),  t_y = t_y + 1
+
+    The loss uses the centres ``w`` as they were, and is 0 for an empty batch. In training mode they then
+    move, without gradient, those of the classes in the batch. ``t_y`` counts how often class y has moved: at
+    first eta is 1 and the centre becomes ``a_y``; the more steps, the steadier it is.
+
+        criterion = GlobalConsistencyLoss(num_classes=200, dim=768)
+        seeds = fused_cam_seeds(features, classifier.weight, target, num_seeds=3)
+        loss = classification_loss + 0.01 * criterion(seeds.vectors, target)
+
+    Args:
+        num_classes: Y.
+        dim: D, the length of a seed vector.
+        decay: in (0, 1); the released code has 0.002.
+        preset: ``"paper"`` or ``"official"``, the released code; see below.
+        process_group: ranks that share the centres where ``torch.distributed`` is initialised; by default
+            all.
+
+    Call with:
+        vectors: seed vectors, ``[N, K, D]``, as ``fused_cam_seeds`` returns them.
+        target: class of each image, ``[N]``, int64 or int32.
+
+    Returns:
+        A scalar. It is float32 for half types, as under autocast; float64 if ``vectors`` or the centres are.
+
+    State: the buffers ``centres``, ``[Y, D]`` float32, and ``counters``, ``[Y]`` int64. Centres begin as
+        standard normal numbers, always the same ones, so that ranks agree and PyTorch's own generator is left
+        alone. In evaluation mode nothing moves. A class whose mean is not finite, as in a step that a
+        ``GradScaler`` skips, keeps centre and counter, and the loss shows it.
+    Gradients: ``vectors``; that of a plain distance of 0 is 0.
+    Numerics: float32 inside for half types. Deterministic on the CPU, and on a GPU where
+        ``torch.use_deterministic_algorithms(True)`` is on; else its sums take any order.
+
+    With several ranks the sums and counts of all are added, in one collective: ``a_y`` is the mean over the
+    whole batch, and every rank ends with the loss and the centres that one process would have. Ranks may
+    bring batches of different size, also empty ones, but each must take part. The gradient reaches the rank's
+    own vectors, multiplied by the number of ranks: so the average of ``DistributedDataParallel`` is the
+    gradient that one process would have with the whole batch.
+
+    Where paper and released code (github.com/xiaomengyc/I2C) differ:
+
+    ==================  ============================  ====================================================
+    what                ``preset="paper"``            ``preset="official"``
+    ==================  ============================  ====================================================
+    distance to centre  squared (eq. 5)               plain
+    ==================  ============================  ====================================================
+
+    What neither preset does. The released code forms the mean of each adjacent pair of images, not of a
+    class: a class that is drawn twice counts twice in the loss and, in the update, keeps the pair that was
+    written last; here, as in eq. 2, all images of the class are averaged. Its ``F.pairwise_distance`` adds
+    1e-6 to every difference. It keeps centres and counters as parameters without gradient, which an optimiser
+    with weight decay may be given; here they are buffers.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: a wrong shape, device or option.
+        IndexError: a class index outside [0, Y) on the CPU. On a GPU, where looking would mean waiting, and
+            in a compiled graph the loss is NaN instead, and no centre moves by that image.
+
+    Source: Zhang et al., ECCV 2020, eq. 2-5.
+    """
+
+    centres: Tensor  # [Y, D]
+    counters: Tensor  # [Y]
+
+    def __init__(
+        self,
+        num_classes: int,
+        dim: int,
+        decay: float = 0.002,
+        preset: str = "paper",
+        process_group: "dist.ProcessGroup | None" = None,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        num_classes = _checks.positive_int(name, "num_classes", num_classes)
+        dim = _checks.positive_int(name, "dim", dim)
+        self.decay = _checks.in_open_interval(name, "decay", decay, 0, 1, "in (0, 1)")
+        self.preset = _checks.choice(name, "preset", preset, ("paper", "official"))
+        self.process_group = _distributed.process_group(name, process_group)
+        generator = torch.Generator("cpu").manual_seed(0)
+        centres = torch.randn(num_classes, dim, generator=generator, dtype=torch.float32, device="cpu")
+        self.register_buffer("centres", centres.to(torch.get_default_device()))
+        self.register_buffer("counters", torch.zeros(num_classes, dtype=torch.int64))
+
+    def forward(self, vectors: Tensor, target: Tensor) -> Tensor:
+        vectors, target = self._checked(vectors, target)
+        means, present = self._class_means(vectors, target)
+        # An absent class may have a centre that is not finite: it is left out before it is squared.
+        difference = torch.where(present, means - _snapshot(self.centres), 0)  # [Y, D]
+        if self.preset == "paper":
+            distance = difference.square().sum(1)  # [Y]
+        else:
+            distance = torch.linalg.vector_norm(difference, dim=1)  # [Y]; its subgradient at 0 is 0
+        if self.training:
+            self._update(means.detach(), present)
+        return distance.sum() / present.sum().clamp_min(1)
+
+    def _checked(self, vectors: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        name = type(self).__name__
+        classes, dim = self.centres.shape
+        vectors = _checks.vectors(name, vectors)
+        if vectors.shape[2] != dim:
+            raise ValueError(
+                f"{name}: vectors has shape {list(vectors.shape)}; it must be [N, K, D] with D = dim = {dim}"
+            )
+        _checks.same_device(name, "vectors", vectors, self.centres, "centres")
+        target = _checks.target(name, target, vectors, "[N]", (1,), "vectors")
+        if target.device.type == "cpu" and target.numel() > 0 and not torch.compiler.is_compiling():
+            for index in (int(target.min()), int(target.max())):
+                if not 0 <= index < classes:
+                    raise IndexError(
+                        f"{name}: target holds class {index}; num_classes is {classes}, "
+                        f"so it must be in [0, {classes})"
+                    )
+        return vectors, target.long()
+
+    def _class_means(self, vectors: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """a_y of the batches of all ranks [Y, D], and which classes they hold [Y, 1]."""
+        classes, dim = self.centres.shape
+        dtype = torch.promote_types(vectors.dtype, self.centres.dtype)
+        dtype = torch.promote_types(dtype, torch.float32)
+        sums = vectors.sum(1, dtype=dtype)  # [N, D]
+        # Seeds are counted beside what they add up to, which makes one collective of two. A class out of
+        # range counts NaN seeds for the class nearest to it, whose mean is then NaN: nothing out of bounds.
+        nearest = target.clamp(0, classes - 1)
+        count = torch.full_like(sums[:, :1], vectors.shape[1]).masked_fill((nearest != target)[:, None], nan)
+        own = sums.new_zeros(classes, dim + 1).index_add(0, nearest, torch.cat([sums, count], 1))
+        total = _distributed.all_reduce(own, self.process_group)
+        seeds = total[:, dim:].detach()  # [Y, 1]
+        return total[:, :dim] / seeds.clamp_min(1), seeds != 0
+
+    @torch.no_grad()
+    def _update(self, means: Tensor, present: Tensor) -> None:
+        exponent = -self.decay * self.counters[:, None].to(means.dtype)  # [Y, 1]
+        # 1 - eta as expm1: eta is close to 1 for hundreds of steps, and the difference would lose digits.
+        moved = -exponent.expm1() * self.centres + exponent.exp() * means
+        # The first visit overwrites whatever the centre is, also where 0 times it would be NaN.
+        moved = torch.where(self.counters[:, None] == 0, means, moved).to(self.centres.dtype)
+        moves = present & moved.isfinite().all(1, keepdim=True)
+        self.centres.copy_(torch.where(moves, moved, self.centres))
+        self.counters.add_(moves.squeeze(1))
+
+    def extra_repr(self) -> str:
+        classes, dim = self.centres.shape
+        return f"num_classes={classes}, dim={dim}, decay={self.decay:g}, preset={self.preset!r}"
