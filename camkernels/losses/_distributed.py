@@ -51,7 +51,7 @@ def check_equal_shapes(function: str, argument: str, own: Tensor, group: "dist.P
     if any(shape != shapes[0] for shape in shapes):
         raise ValueError(
             f"{function}: {argument} has the shapes {', '.join(map(str, shapes))} on the ranks; "
-            "they must be equal"
+            "with gather=True they must be equal"
         )
 
 
