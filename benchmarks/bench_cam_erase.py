@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import harness
+import maps
 import measure
 import torch
 import torch.nn.functional as F
@@ -11,12 +12,10 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from camkernels import fused_cam_erase
-from camkernels.reference import cam, cam_erase
+from camkernels.reference import cam_erase
 
 TINY = {"id": "tiny", "N": 2, "C": 8, "HW": [2, 2], "L": 4, "image": [8, 8], "threshold": 0.7}
 SHARPNESS = 20.0  # of the soft gate
-# Half-width of the band around the threshold, in units of the map, in which float32 may decide either way.
-BAND = 64 * torch.finfo(torch.float32).eps
 
 
 def make(
@@ -30,7 +29,7 @@ def make(
     features = normal(images, channels, height, width).relu_()  # as they come out of a backbone
     weight = normal(classes, channels) * channels**-0.5
     target = torch.randint(classes, (images,), generator=generator, device=generator.device)
-    _set_extrema_apart(features, weight, target)
+    maps.set_extrema_apart(features, weight, target)
     pixels = normal(images, 3, *row["image"])
     options = {"threshold": row["threshold"], "sharpness": SHARPNESS if variant == "soft" else None}
     return harness.Inputs(
@@ -87,25 +86,13 @@ def check(
         _assert_masked("grad_images", results[4], grad_erased, distance)
 
 
-def _set_extrema_apart(features: Tensor, weight: Tensor, target: Tensor) -> None:
-    """Lift each map's maximum and lower its minimum a little.
-
-    Where two pixels of a random map tie but for rounding, float32 and float64 would send the extremum's
-    gradient to different ones, and both would be right.
-    """
-    flat = features.flatten(2)  # [N, C, H * W], shares memory
-    rows = weight[target]  # [N, C]
-    maps = cam(features, weight, target, normalize=False).flatten(1)  # [N, H * W]
-    for pixel, sign in ((maps.argmax(1), 0.1), (maps.argmin(1), -0.1)):
-        index = pixel[:, None, None].expand(-1, flat.shape[1], 1)  # [N, C, 1]
-        flat.scatter_add_(2, index, (sign * rows).relu_()[..., None])
-
-
 def _assert_masked(name: str, ours: Tensor, source: Tensor, distance: Tensor) -> None:
     """The source's own bits where clearly below the threshold, 0 where clearly above, one of them between."""
     kept, erased = ours == source, ours == 0
-    assert (kept | (distance > -BAND)).all(), f"{name}: a pixel below the threshold is not the source's own"
-    assert (erased | (distance < BAND)).all(), f"{name}: a pixel above the threshold is not erased"
+    assert (kept | (distance > -maps.BAND)).all(), (
+        f"{name}: a pixel below the threshold is not the source's own"
+    )
+    assert (erased | (distance < maps.BAND)).all(), f"{name}: a pixel above the threshold is not erased"
     assert (kept | erased).all(), f"{name}: a pixel near the threshold is neither kept nor erased"
 
 

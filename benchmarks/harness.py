@@ -34,15 +34,19 @@ class Inputs:
     args: Tensors
     options: Mapping[str, Any]
     differentiable: tuple[int, ...]  # which of the arguments take a gradient
-    grads: Tensors  # of the outputs
+    grads: tuple[Tensor | None, ...]  # of the outputs; None where one has no gradient
 
     def double(self) -> "Inputs":
         def widen(tensor: Tensor) -> Tensor:
             wide = tensor.detach().double() if tensor.is_floating_point() else tensor
             return wide.requires_grad_(tensor.requires_grad)
 
-        args, grads = (tuple(widen(tensor) for tensor in tensors) for tensors in (self.args, self.grads))
+        args = tuple(widen(tensor) for tensor in self.args)
+        grads = tuple(None if grad is None else widen(grad) for grad in self.grads)
         return Inputs(args, self.options, self.differentiable, grads)
+
+    def tensors(self) -> Tensors:
+        return self.args + tuple(grad for grad in self.grads if grad is not None)
 
 
 @dataclass(frozen=True)
@@ -97,9 +101,9 @@ class Provider:
         outputs = (found,) if isinstance(found, Tensor) else tuple(found)
         if direction == "forward":
             return outputs
-        return outputs + torch.autograd.grad(
-            outputs, [inputs.args[i] for i in inputs.differentiable], inputs.grads
-        )
+        pairs = zip(outputs, inputs.grads, strict=True)
+        ends, grads = zip(*((end, grad) for end, grad in pairs if grad is not None), strict=True)
+        return outputs + torch.autograd.grad(ends, [inputs.args[i] for i in inputs.differentiable], grads)
 
 
 def providers(
@@ -175,7 +179,7 @@ class Case:
         self.tiny_host_seconds = session.tiny_host_seconds(op, variant) if on_cpu else {}
         self.providers = providers(op, self.row, variant, session.device, session.wanted)
         first = session.inputs(op, self.row, variant, seed=1)
-        set_bytes = measure.tensor_bytes(first.args + first.grads)
+        set_bytes = measure.tensor_bytes(first.tensors())
         count = measure.input_sets(set_bytes, measure.last_level_cache(session.device))
         self.sets = [first, *(session.inputs(op, self.row, variant, seed) for seed in range(2, count + 1))]
         self._check()

@@ -24,10 +24,11 @@ RELEASED = "released"  # for its users to see; nothing is judged against it
 FLOOR_LIMIT = {"cpu": 1.3, "cuda": 1.25}  # times the floor, in memory-bound rows
 GEOMETRIC_MEAN = 2.0  # speed-up over the faster of eager and compile
 MEMORY_LIMIT = 1.05  # times outputs + gradients + what backward may keep
-# Forward and backward on the CPU: how much faster than the faster of eager and compile, where more is asked
-# for than to be faster. A key is the beginning of an op's rows.
+# On the CPU: how much faster than the faster of eager and compile, where more is asked for than to be
+# faster. By op and pass, then by row.
 SPEED_UP = {
-    "fused_cam_transform_mse": {
+    ("fused_cam_seeds", "forward"): {"smoke": 2.0},
+    ("fused_cam_transform_mse", "forward+backward"): {
         "smoke-flip": 1.3,  # bound by memory, like the next two
         "wider-flip": 1.3,
         "pa100k-flip": 1.3,
@@ -35,7 +36,7 @@ SPEED_UP = {
         "many-labels": 1.8,
         "wider-scale": 2.5,  # the products alone are a quarter of eager's time
         "coco-scale": 2.5,
-    }
+    },
 }
 
 Row = dict[str, Any]  # as schema.Row
@@ -129,8 +130,8 @@ def _judge_one(each: Measurement) -> list[Verdict]:
         verdicts.append(Verdict("faster", name, gain >= 1, f"{gain:.2f} x faster than {TUNED}"))
     else:
         verdicts.append(Verdict("faster", name, each.speed_up > 1, f"{each.speed_up:.2f} x faster"))
-    wanted = SPEED_UP.get(each.op, {}).get(mine["id"])
-    if wanted is not None and not on_gpu and mine["direction"] == "forward+backward":
+    wanted = SPEED_UP.get((each.op, mine["direction"]), {}).get(mine["id"])
+    if wanted is not None and not on_gpu:
         measured = f"{each.speed_up:.2f} x faster, {wanted} x wanted"
         verdicts.append(Verdict("speed-up", name, each.speed_up >= wanted, measured))
     if on_gpu and "eager" in each.providers:
@@ -175,15 +176,15 @@ def targets_table() -> list[str]:
             "every row faster than the faster of eager and compile",
             f"every row at least as fast as {TUNED}",
         ),
-        ("speed-up", "forward+backward over the faster of eager and compile, of the rows below", "-"),
+        ("speed-up", "over the faster of eager and compile, of the rows below", "-"),
         ("geometric mean", f"≥ {GEOMETRIC_MEAN:g} x", f"≥ {GEOMETRIC_MEAN:g} x"),
         ("host time", "-", "per call below eager's"),
         ("memory", *[f"peak extra bytes ≤ outputs + gradients (+ kept) + {MEMORY_LIMIT - 1:.0%}"] * 2),
     ]
     lines = table(("target", "CPU, 2 cores", "H200"), rows)
-    for op, wanted in SPEED_UP.items():
+    for (op, direction), wanted in SPEED_UP.items():
         each = ", ".join(f"{row} {gain} x" for row, gain in wanted.items())
-        lines += [f"Speed-up wanted of `{op}`: {each}.", ""]
+        lines += [f"Speed-up wanted of `{op}`, {direction}: {each}.", ""]
     return lines
 
 

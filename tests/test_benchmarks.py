@@ -14,12 +14,16 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import bench_cam_erase  # noqa: E402
+import bench_cam_seeds  # noqa: E402
 import bench_cam_transform_mse  # noqa: E402
 import harness  # noqa: E402
+import maps  # noqa: E402
 import measure  # noqa: E402
 import report  # noqa: E402
 import results  # noqa: E402
 import schema  # noqa: E402
+
+from camkernels.reference import cam  # noqa: E402
 
 CPU = torch.device("cpu")
 ROW = {"id": "toy", "N": 3, "C": 4, "HW": [5, 6], "L": 7, "image": [11, 12], "threshold": 0.7}
@@ -27,6 +31,11 @@ PAIRS = [
     {"id": "toy", "N": 3, "C": 4, "HW": [5, 6], "HW_t": [4, 9], "L": 7, "transform": transform}
     for transform in ("HorizontalFlip", "Affine", "Scale")
 ]
+SEEDS = [
+    {"id": "own", "N": 3, "C": 4, "D": 5, "HW": [5, 6], "L": 7, "K": 12},
+    {"id": "shared", "N": 3, "C": 4, "D": 4, "HW": [5, 6], "L": 7, "K": 12},
+]
+SEED_VARIANTS = [(row, variant) for row in SEEDS for variant in bench_cam_seeds.VARIANTS]
 PAIR_VARIANTS = [(row, variant) for row in PAIRS for variant in bench_cam_transform_mse.variants(row)]
 
 
@@ -103,6 +112,28 @@ def test_cost_of_cam_transform_mse_counts_its_tensors(row, variant):
     assert bench.cost(row, variant, torch.float32, "backward") == measure.Cost(read + written, 2 * product)
 
 
+@pytest.mark.parametrize("row, variant", SEED_VARIANTS)
+def test_cost_of_cam_seeds_counts_its_tensors(row, variant):
+    bench = bench_cam_seeds
+    inputs = bench.make(row, variant, torch.float32, torch.Generator().manual_seed(0))
+    features, weight, target, *seed_features = inputs.args
+    outputs = bench.OP.reference(*inputs.args, **inputs.options)
+    vectors, indices, _, cam = outputs
+    noise = [] if inputs.options["noise"] is None else [inputs.options["noise"]]
+    rows = 4 * 3 * 4  # the three classes asked for, of seven
+    taken = [vectors] if seed_features else []
+    moved = measure.tensor_bytes([features, target, *noise, *taken, *outputs])
+    product = 2 * 3 * 5 * 6 * 4
+    assert bench.cost(row, variant, torch.float32, "forward") == measure.Cost(moved + rows, product)
+    (seeds_of,) = seed_features or [features]
+    expected = measure.Cost(measure.tensor_bytes([vectors, indices, seeds_of]), vectors.numel())
+    if variant == "cam":
+        read = measure.tensor_bytes([features, target, cam, cam]) + rows  # the map, and its gradient
+        written = measure.tensor_bytes([weight, *([features] if seed_features else [])])
+        expected += measure.Cost(read + written, 3 * product // 2)
+    assert bench.cost(row, variant, torch.float32, "backward") == expected
+
+
 @pytest.mark.parametrize("row, variant", PAIR_VARIANTS)
 def test_kept_bytes_are_what_the_op_keeps(row, variant):
     inputs = bench_cam_transform_mse.make(row, variant, torch.float32, torch.Generator().manual_seed(0))
@@ -125,6 +156,50 @@ def test_forms_of_cam_transform_mse_are_its_definition(row, variant, form):
         torch.testing.assert_close(found, true, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "row, variant, form",
+    [(row, variant, "eager") for row, variant in SEED_VARIANTS]
+    + [(row, "first", "released") for row in SEEDS],
+)
+def test_forms_of_cam_seeds_are_its_definition(row, variant, form):
+    inputs = bench_cam_seeds.make(row, variant, torch.float32, torch.Generator().manual_seed(0)).double()
+    truth = harness.Provider("reference", bench_cam_seeds.OP.reference)(inputs, "forward+backward")
+    found = harness.Provider(form, getattr(bench_cam_seeds, form))(inputs, "forward+backward")
+    assert 0 < truth[2].min() < row["K"] < truth[2].max()  # seeds that repeat, and candidates left over
+    for ours, true in zip(found, truth, strict=True):
+        torch.testing.assert_close(ours, true, rtol=1e-12, atol=1e-12)
+
+
+def test_the_loop_is_offered_where_its_gradients_fit():
+    rows = harness.workload_rows("fused_cam_seeds", "all")
+    offered = {
+        (row["id"], variant)
+        for row in rows
+        for variant in bench_cam_seeds.VARIANTS
+        if bench_cam_seeds.released_where_it_fits(row, variant) is not None
+    }
+    assert offered == {("smoke", "first"), ("i2c-inception", "first")}
+
+
+@pytest.mark.parametrize("row", harness.workload_rows("fused_cam_seeds", "all"), ids=lambda row: row["id"])
+def test_most_images_have_more_candidates_than_seeds(row):
+    row = {**row, "N": 8, "C": 512, "D": 512}
+    inputs = bench_cam_seeds.make(row, "random", torch.float32, torch.Generator().manual_seed(0))
+    count = bench_cam_seeds.OP.reference(*inputs.args, **inputs.options)[2]
+    assert (count > row["K"]).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_pixel_is_left_about_the_threshold(dtype):
+    draw = torch.Generator().manual_seed(0)
+    features = torch.rand(2, 8, 5, 6, generator=draw).to(dtype)
+    weight, target = torch.rand(3, 8, generator=draw), torch.tensor([0, 2])
+    heat = cam(features.float(), weight, target)
+    threshold = heat[1, 2, 3].item()
+    maps.keep_off_threshold(features, weight, target, threshold)
+    assert ((cam(features.double(), weight, target) - threshold).abs() > maps.BAND).all()
+
+
 def test_the_released_form_is_offered_where_its_product_fits():
     rows = harness.workload_rows("fused_cam_transform_mse", "all")
     offered = {
@@ -138,23 +213,23 @@ def test_the_released_form_is_offered_where_its_product_fits():
 
 
 @pytest.mark.parametrize(
-    "bench, row, variant, index",
-    [(bench_cam_erase, ROW, variant, index) for variant in ("hard", "soft") for index in range(5)]
-    + [
-        (bench_cam_transform_mse, row, variant, index) for row, variant in PAIR_VARIANTS for index in range(4)
-    ],
+    "bench, row, variant",
+    [(bench_cam_erase, ROW, variant) for variant in ("hard", "soft")]
+    + [(bench_cam_seeds, *each) for each in SEED_VARIANTS]
+    + [(bench_cam_transform_mse, *each) for each in PAIR_VARIANTS],
 )
-def test_a_wrong_result_is_refused(bench, row, variant, index):
+def test_a_wrong_result_is_refused(bench, row, variant):
     inputs = bench.make(row, variant, torch.float32, torch.Generator().manual_seed(0))
     eager = harness.Provider("eager", bench.OP.eager)
     found = tuple(each.detach() for each in eager(inputs, "forward+backward"))
     reference = harness.Provider("reference", bench.OP.reference)
     truth = tuple(each.detach() for each in reference(inputs.double(), "forward+backward"))
     bench.check(inputs, found, found, truth)
-    wrong = list(found)
-    wrong[index] = wrong[index] + 1e-3
-    with pytest.raises(AssertionError):
-        bench.check(inputs, tuple(wrong), found, truth)
+    for index, result in enumerate(found):
+        wrong = list(found)
+        wrong[index] = result + (1e-3 if result.is_floating_point() else 1)
+        with pytest.raises(AssertionError):
+            bench.check(inputs, tuple(wrong), found, truth)
 
 
 def run_toy(bench: str, folder: Path, providers: str) -> Path:
@@ -171,6 +246,7 @@ def run_toy(bench: str, folder: Path, providers: str) -> Path:
     "bench, variants, providers, images",
     [
         ("bench_cam_erase", ("hard", "soft"), ("eager", "camkernels"), 32),
+        ("bench_cam_seeds", ("random", "first", "cam"), ("eager", "camkernels"), 16),
         ("bench_cam_transform_mse", ("flip",), ("eager", "camkernels", "released"), 16),
     ],
 )
@@ -258,25 +334,35 @@ def test_memory_allows_for_what_backward_may_keep():
     assert not judged(peak_extra_bytes=150, kept_bytes=40)["memory"]
 
 
-@pytest.mark.parametrize("row, wanted", [("wider-flip", 1.3), ("coco-flip", 1.8), ("wider-scale", 2.5)])
-def test_speed_up_wanted_of_forward_and_backward_on_the_cpu(row, wanted):
+@pytest.mark.parametrize(
+    "op, direction, row, wanted",
+    [
+        ("fused_cam_transform_mse", "forward+backward", "wider-flip", 1.3),
+        ("fused_cam_transform_mse", "forward+backward", "coco-flip", 1.8),
+        ("fused_cam_transform_mse", "forward+backward", "wider-scale", 2.5),
+        ("fused_cam_seeds", "forward", "smoke", 2.0),
+    ],
+)
+def test_speed_up_wanted_on_the_cpu(op, direction, row, wanted):
     def met(speed_up: float, device: str = "cpu", **changes: object) -> bool | None:
-        common = {"id": row, "direction": "forward+backward", **changes}
+        common = {"id": row, "direction": direction, **changes}
         rows = [synthetic_row("compile", **common, seconds=0.004)]
         rows += [synthetic_row("camkernels", **common, seconds=0.004 / speed_up)]
-        measured = report.measurements("fused_cam_transform_mse", device, rows)
+        measured = report.measurements(op, device, rows)
         verdicts = {verdict.target: verdict.met for verdict in report.judge(measured)}
         return verdicts.get("speed-up")
 
     assert met(wanted + 0.01) is True
     assert met(wanted - 0.01) is False
     assert met(wanted, device="cuda") is None
-    assert met(wanted, direction="forward") is None
-    assert met(wanted, id="coco-affine") is None
+    (other,) = {*harness.DIRECTIONS} - {direction}
+    assert met(wanted, direction=other) is None
+    assert met(wanted, id="another row") is None
 
 
 def test_every_row_with_a_wanted_speed_up_is_a_workload():
-    for op, wanted in report.SPEED_UP.items():
+    for (op, direction), wanted in report.SPEED_UP.items():
+        assert direction in harness.DIRECTIONS
         assert set(wanted) <= {row["id"] for row in harness.workload_rows(op, "all")}
 
 
