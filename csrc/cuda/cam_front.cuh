@@ -51,14 +51,15 @@ struct FrontBuffers {
   float* extrema;  // [kMaps, warps, 2]
 };
 
+// Without maps where the caller has another place for them, which then must be a cluster of one block.
 template <typename T, int kMaps, typename Memory>
 __host__ __device__ FrontBuffers take_front_buffers(Memory& memory, const CamFront& front, int threads,
-                                                    int cluster) {
+                                                    int cluster, bool with_maps = true) {
   FrontBuffers buffers;
   buffers.weights = memory.template take<float>(kWeights);
   buffers.partial =
       memory.template take<float>(front.channels_last ? 0 : threads * (front.vectors ? kVectorOf<T> : 1));
-  buffers.map = memory.template take<float>(int64_t{kMaps} * front.pixels());
+  buffers.map = with_maps ? memory.template take<float>(int64_t{kMaps} * front.pixels()) : nullptr;
   buffers.total = cluster == 1 ? buffers.map : memory.template take<float>(int64_t{kMaps} * front.pixels());
   buffers.extrema = memory.template take<float>(kMaps * (threads / kWarp) * 2);
   return buffers;
@@ -364,14 +365,18 @@ int64_t front_bytes(const CamFront& front, int threads, int cluster) {
 }
 
 // Cluster and shared memory of a launch that starts with the front; `other_bytes` is what an image costs
-// besides its features.
+// besides its features, `other_shared` what a block needs besides the front's buffers.
 template <typename T, int kMaps>
-LaunchShape plan_front(const char* op, const Hardware& hardware, const CamFront& front, int64_t other_bytes) {
+LaunchShape plan_front(const char* op, const Hardware& hardware, const CamFront& front, int64_t other_bytes,
+                       int64_t other_shared = 0) {
   const int64_t items = front.images * ((front.maps + kMaps - 1) / kMaps);
   const int64_t bytes = static_cast<int64_t>(front.channels) * front.pixels() * size_of(front.features_dtype);
   int cluster = choose_cluster(hardware, items, bytes + other_bytes);
-  if (front_bytes<T, kMaps>(front, hardware.threads, cluster) > hardware.shared_limit) cluster = 1;
-  const int64_t shared = front_bytes<T, kMaps>(front, hardware.threads, cluster);
+  const auto shared_with = [&](int blocks) {
+    return front_bytes<T, kMaps>(front, hardware.threads, blocks) + other_shared;
+  };
+  if (shared_with(cluster) > hardware.shared_limit) cluster = 1;
+  const int64_t shared = shared_with(cluster);
   if (shared > hardware.shared_limit) {
     throw too_large(op, front.height, front.width, shared, hardware.shared_limit);
   }

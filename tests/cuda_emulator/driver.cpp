@@ -1,8 +1,10 @@
 // The kernels' launches behind C functions, for ctypes.
 #include "../../csrc/cuda/cam.cuh"
 #include "../../csrc/cuda/cam_erase.cuh"
+#include "../../csrc/cuda/cam_seeds.cuh"
 #include "../../csrc/cuda/cam_transform_mse.cuh"
 #include "../../csrc/cuda/cam_transform_mse_bwd.cuh"
+#include "../../csrc/cuda/stochastic_consistency.cuh"
 #include "mistakes.h"
 
 namespace camkernels::cuda {
@@ -16,7 +18,7 @@ struct Setting {
   int32_t threads;
   int32_t cluster;  // the most blocks in a cluster; reached where there is enough to share out
   int32_t vectors;
-  int32_t reserved;
+  int32_t shared_limit;  // bytes that a block may have
 };
 
 class EmulatorLauncher {
@@ -24,7 +26,7 @@ class EmulatorLauncher {
   explicit EmulatorLauncher(const Setting& setting) : seed_(static_cast<uint64_t>(setting.seed)) {
     hardware_.multiprocessors = 1 << 20;  // so that a cluster takes as many blocks as it may
     hardware_.max_cluster = setting.cluster;
-    hardware_.shared_limit = 227 << 10;
+    hardware_.shared_limit = setting.shared_limit;
     hardware_.threads = setting.threads;
     hardware_.smallest_share = 0;
     hardware_.vectors = setting.vectors != 0;
@@ -73,7 +75,11 @@ int64_t emulator_sizes(int64_t* sizes) {
   sizes[3] = sizeof(CamEraseBwd);
   sizes[4] = sizeof(CamTransformMseFwd);
   sizes[5] = sizeof(CamTransformMseBwd);
-  return 6;
+  sizes[6] = sizeof(CamSeedsFwd);
+  sizes[7] = sizeof(CamSeedsBwd);
+  sizes[8] = sizeof(StochasticConsistencyFwd);
+  sizes[9] = sizeof(StochasticConsistencyBwd);
+  return 10;
 }
 
 int64_t emulate_cam_fwd(const Setting* setting, const CamFwd* call) {
@@ -120,6 +126,30 @@ int64_t emulate_cam_transform_mse_bwd(const Setting* setting, const CamTransform
     with_scratch.scratch = scratch.data();
     launch_cam_transform_mse_bwd(launcher, with_scratch);
   });
+}
+
+int64_t emulate_cam_seeds_fwd(const Setting* setting, const CamSeedsFwd* call) {
+  return guarded(setting, [&](EmulatorLauncher& launcher) {
+    CamSeedsFwd planned = *call;
+    const auto words = static_cast<size_t>(plan_cam_seeds_fwd(launcher.hardware(), planned));
+    std::vector<int64_t> scratch(words, -1);
+    planned.scratch = words == 0 ? nullptr : scratch.data();
+    launch_cam_seeds_fwd(launcher, planned);
+  });
+}
+
+int64_t emulate_cam_seeds_bwd(const Setting* setting, const CamSeedsBwd* call) {
+  return guarded(setting, [&](EmulatorLauncher& launcher) { launch_cam_seeds_bwd(launcher, *call); });
+}
+
+int64_t emulate_stochastic_consistency_fwd(const Setting* setting, const StochasticConsistencyFwd* call) {
+  return guarded(setting,
+                 [&](EmulatorLauncher& launcher) { launch_stochastic_consistency_fwd(launcher, *call); });
+}
+
+int64_t emulate_stochastic_consistency_bwd(const Setting* setting, const StochasticConsistencyBwd* call) {
+  return guarded(setting,
+                 [&](EmulatorLauncher& launcher) { launch_stochastic_consistency_bwd(launcher, *call); });
 }
 
 // from, to: [blocks * threads]

@@ -75,7 +75,7 @@ def _struct(name: str, **members: Any) -> type[ctypes.Structure]:
     return type(name, (_Struct,), {"_fields_": list(members.items())})
 
 
-_Setting = _struct("Setting", seed=_I64, threads=_I32, cluster=_I32, vectors=_I32, reserved=_I32)
+_Setting = _struct("Setting", seed=_I64, threads=_I32, cluster=_I32, vectors=_I32, shared_limit=_I32)
 _Array = _struct("AnyArray", data=_Pointer, dtype=_I32)
 _Front = _struct(
     "CamFront",
@@ -226,6 +226,66 @@ _CamTransformMseBwd = _struct(
     tiles_t=_I32,
     tiles=_I32,
 )
+_CamSeedsFwd = _struct(
+    "CamSeedsFwd",
+    front=_Front,
+    seed_features=_Pointer,
+    noise=_Pointer,
+    vectors=_Pointer,
+    indices=_Pointer,
+    count=_Pointer,
+    scratch=_Pointer,
+    num_seeds=_I32,
+    depth=_I32,
+    threshold=_F32,
+    seeds_dtype=_I32,
+    seeds_channels_last=_Bool,
+    seed_vectors=_Bool,
+    places=_I32,
+)
+_CamSeedsBwd = _struct(
+    "CamSeedsBwd",
+    grad_vectors=_Pointer,
+    indices=_Pointer,
+    grad_seed_features=_Pointer,
+    images=_I64,
+    num_seeds=_I32,
+    depth=_I32,
+    height=_I32,
+    width=_I32,
+    dtype=_I32,
+    channels_last=_Bool,
+    add=_Bool,
+)
+_VectorGroups = _struct(
+    "VectorGroups",
+    vectors=_Pointer,
+    order=_Pointer,
+    begin=_Pointer,
+    end=_Pointer,
+    images=_I64,
+    num_seeds=_I32,
+    depth=_I32,
+    dtype=_I32,
+    squared=_Bool,
+)
+_StochasticConsistencyFwd = _struct("StochasticConsistencyFwd", groups=_VectorGroups, sums=_Pointer)
+_StochasticConsistencyBwd = _struct(
+    "StochasticConsistencyBwd", groups=_VectorGroups, scale=_Pointer, grad_vectors=_Pointer
+)
+# By op, in the order of the driver's emulator_sizes.
+_CALLS = {
+    "cam_fwd": _CamFwd,
+    "cam_bwd": _CamBwd,
+    "cam_erase_fwd": _CamEraseFwd,
+    "cam_erase_bwd": _CamEraseBwd,
+    "cam_transform_mse_fwd": _CamTransformMseFwd,
+    "cam_transform_mse_bwd": _CamTransformMseBwd,
+    "cam_seeds_fwd": _CamSeedsFwd,
+    "cam_seeds_bwd": _CamSeedsBwd,
+    "stochastic_consistency_fwd": _StochasticConsistencyFwd,
+    "stochastic_consistency_bwd": _StochasticConsistencyBwd,
+}
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
@@ -249,19 +309,18 @@ class Emulator:
     cluster: int = 1
     vectors: bool = True
     seed: int = 0
+    shared_limit: int = 227 << 10  # as on sm_90
     launches: dict[str, int] = field(default_factory=dict)
 
     @staticmethod
     def load(path: Path) -> "Emulator":
         library = ctypes.CDLL(str(path))
         library.emulator_error.restype = ctypes.c_char_p
-        ops = [f"{op}_{way}" for op in ("cam", "cam_erase", "cam_transform_mse") for way in ("fwd", "bwd")]
-        for name in (*ops, "reverse", "block_sums", "histogram", "tally", "launch"):
+        for name in (*_CALLS, "reverse", "block_sums", "histogram", "tally", "launch"):
             getattr(library, f"emulate_{name}").restype = _I64
-        structs = _CamFwd, _CamBwd, _CamEraseFwd, _CamEraseBwd, _CamTransformMseFwd, _CamTransformMseBwd
-        sizes = (_I64 * len(structs))()
+        sizes = (_I64 * len(_CALLS))()
         library.emulator_sizes(sizes)
-        mirrored = [ctypes.sizeof(s) for s in structs]
+        mirrored = [ctypes.sizeof(struct) for struct in _CALLS.values()]
         assert list(sizes) == mirrored, "the parameter structs here are not those of csrc/cuda"
         return Emulator(library)
 
@@ -276,10 +335,20 @@ class Emulator:
             for name, value in before.items():
                 setattr(self, name, value)
 
+    def _setting(self) -> ctypes.Structure:
+        return _Setting(
+            seed=self.seed,
+            threads=self.threads,
+            cluster=self.cluster,
+            vectors=self.vectors,
+            shared_limit=self.shared_limit,
+        )
+
     def _call(self, name: str, call: ctypes.Structure, outputs: list[Tensor], *rest: Any) -> None:
         for output in outputs:
-            output.fill_(torch.nan)  # what a kernel forgets to write must show
-        setting = _Setting(seed=self.seed, threads=self.threads, cluster=self.cluster, vectors=self.vectors)
+            # What a kernel forgets to write must show.
+            output.fill_(torch.nan if output.is_floating_point() else torch.iinfo(output.dtype).min)
+        setting = self._setting()
         launched = getattr(self.library, f"emulate_{name}")(ctypes.byref(setting), ctypes.byref(call), *rest)
         if launched < 0:
             raise RuntimeError(f"{name} (seed {self.seed}): {self.library.emulator_error().decode()}")
@@ -527,9 +596,101 @@ class Emulator:
         )
         self._call("cam_transform_mse_bwd", call, [grad_features, grad_features_t, grad_weight])
 
+    def cam_seeds_fwd(
+        self,
+        features: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        seed_features: Tensor,
+        noise: Tensor | None,
+        num_seeds: int,
+        threshold: float,
+        eps: float,
+        vectors: Tensor,
+        indices: Tensor,
+        count: Tensor,
+        cam: Tensor,
+        cam32: Tensor,
+        extent: Tensor,
+    ) -> None:
+        call = _CamSeedsFwd(
+            front=self._front(features, weight, target, eps, cam, cam32, extent),
+            seed_features=_pointer(seed_features),
+            noise=_pointer(noise),
+            vectors=_pointer(vectors),
+            indices=_pointer(indices),
+            count=_pointer(count),
+            num_seeds=num_seeds,
+            depth=seed_features.shape[1],
+            threshold=threshold,
+            seeds_dtype=_DTYPES.index(seed_features.dtype),
+            seeds_channels_last=_channels_last(seed_features),
+        )
+        self._call("cam_seeds_fwd", call, [vectors, indices, count, cam, cam32, extent])
+
+    def cam_seeds_bwd(
+        self, grad_seed_features: Tensor, grad_vectors: Tensor, indices: Tensor, add: bool
+    ) -> None:
+        images, depth, height, width = grad_seed_features.shape
+        call = _CamSeedsBwd(
+            grad_vectors=_pointer(grad_vectors),
+            indices=_pointer(indices),
+            grad_seed_features=_pointer(grad_seed_features),
+            images=images,
+            num_seeds=grad_vectors.shape[1],
+            depth=depth,
+            height=height,
+            width=width,
+            dtype=_DTYPES.index(grad_seed_features.dtype),
+            channels_last=_channels_last(grad_seed_features),
+            add=add,
+        )
+        self._call("cam_seeds_bwd", call, [] if add else [grad_seed_features])
+
+    @staticmethod
+    def _groups(
+        vectors: Tensor, order: Tensor, begin: Tensor, end: Tensor, squared: bool
+    ) -> ctypes.Structure:
+        images, num_seeds, depth = vectors.shape
+        return _VectorGroups(
+            vectors=_pointer(vectors),
+            order=_pointer(order),
+            begin=_pointer(begin),
+            end=_pointer(end),
+            images=images,
+            num_seeds=num_seeds,
+            depth=depth,
+            dtype=_DTYPES.index(vectors.dtype),
+            squared=squared,
+        )
+
+    def stochastic_consistency_fwd(
+        self, vectors: Tensor, order: Tensor, begin: Tensor, end: Tensor, squared: bool, sums: Tensor
+    ) -> None:
+        groups = self._groups(vectors, order, begin, end, squared)
+        call = _StochasticConsistencyFwd(groups=groups, sums=_pointer(sums))
+        self._call("stochastic_consistency_fwd", call, [sums])
+
+    def stochastic_consistency_bwd(
+        self,
+        vectors: Tensor,
+        scale: Tensor,
+        order: Tensor,
+        begin: Tensor,
+        end: Tensor,
+        squared: bool,
+        grad_vectors: Tensor,
+    ) -> None:
+        call = _StochasticConsistencyBwd(
+            groups=self._groups(vectors, order, begin, end, squared),
+            scale=_pointer(scale),
+            grad_vectors=_pointer(grad_vectors),
+        )
+        self._call("stochastic_consistency_bwd", call, [grad_vectors])
+
     def _try(self, name: str, *arguments: Any) -> str:
         """Runs one of the emulator's own kernels; the error's text, empty if there was none."""
-        setting = _Setting(seed=self.seed, threads=self.threads, cluster=self.cluster, vectors=True)
+        setting = self._setting()
         launched = getattr(self.library, f"emulate_{name}")(ctypes.byref(setting), *arguments)
         return str(self.library.emulator_error().decode()) if launched < 0 else ""
 
