@@ -161,7 +161,7 @@ class Session:
                 for provider in providers(op, row, variant, self.device, self.wanted)
                 for direction in DIRECTIONS
             }
-            torch.compiler.reset()
+            measure.forget_compiled(self.device)
         return self.host[op.name, variant]
 
 

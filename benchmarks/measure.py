@@ -207,6 +207,7 @@ class FreedMemory:
 
 def forget_compiled(device: torch.device) -> None:
     gc.collect()
-    torch.compiler.reset()
+    if "torch._dynamo" in sys.modules:  # else nothing is compiled, and the import takes seconds
+        torch.compiler.reset()
     if device.type == "cuda":
         torch.cuda.empty_cache()
