@@ -2,8 +2,9 @@
 
 Digits and photographs are those that scikit-learn ships, so nothing is downloaded. A scene has no centre: its
 digits are written in various sizes, colours and places, among pieces of other digits. ``digit_scenes`` have
-one class each, written three to five times; ``multi_label_scenes`` two to four, written once or twice.
-``image_folder`` gives one's own images the same form.
+one class each, written three to five times; ``multi_label_scenes`` two to four, written once or twice;
+``object_scenes`` a single large digit among more clutter. ``image_folder`` gives one's own images the same
+form.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,18 +20,30 @@ from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor
 
 SIZE = 96
-INSTANCES = (3, 5)  # of the one class
-CLASSES_PER_SCENE = (2, 4)
-INSTANCES_PER_CLASS = (1, 2)  # where there are several
-FRAGMENTS = (1, 3)
-DIGIT_SIZE = (20, 32)
+CLASSES_PER_SCENE = (2, 4)  # where there are several
 CONTRAST = (100.0, 170.0)  # of a digit to what lies below it, in grey levels
 TEST_SHARE = 0.25
 # Photographs are split between training and test by their columns, as the digits are by instance.
 TEST_COLUMNS = 0.3
+HELD_OUT_COLUMNS = 0.15
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom; right and bottom are the first pixel outside
+
+
+@dataclass(frozen=True)
+class Style:
+    """What scenes of one kind look like; each pair is the least and the most."""
+
+    instances: tuple[int, int]  # digits of each class that is there
+    digit_size: tuple[int, int] = (20, 32)
+    fragments: tuple[int, int] = (1, 3)  # pieces of digits of other classes
+    mirrored: bool = False  # every other digit
+
+
+SCATTERED = Style(instances=(3, 5))
+SEVERAL_CLASSES = Style(instances=(1, 2), mirrored=True)
+ONE_OBJECT = Style(instances=(1, 1), digit_size=(40, 60), fragments=(2, 4))
 
 
 @dataclass(frozen=True)
@@ -54,13 +67,17 @@ class Scene(NamedTuple):
 def digit_scenes(train: int, test: int, seed: int) -> tuple[Scenes, Scenes]:
     """Scenes of one class each; training and test share neither a digit nor a part of a photograph."""
 
-    def choose(count: int, classes: int, rng: np.random.Generator) -> NDArray[np.bool_]:
-        labels = rng.permutation(np.arange(count) % classes)
-        return np.arange(classes) == labels[:, None]
-
-    parts = _scenes((train, test), choose, INSTANCES, False, seed)
-    one, two = (replace(part, labels=part.labels.argmax(1)) for part in parts)
+    one, two = _single_label_scenes((train, test), SCATTERED, seed)
     return one, two
+
+
+def object_scenes(train: int, held_out: int, test: int, seed: int) -> tuple[Scenes, Scenes, Scenes]:
+    """Scenes of one large digit each, among and over pieces of others. Its box is where the object is.
+
+    Training, held-out and test scenes share neither a digit nor a part of a photograph.
+    """
+    one, two, three = _single_label_scenes((train, held_out, test), ONE_OBJECT, seed)
+    return one, two, three
 
 
 def multi_label_scenes(train: int, test: int, seed: int) -> tuple[Scenes, Scenes]:
@@ -76,41 +93,50 @@ def multi_label_scenes(train: int, test: int, seed: int) -> tuple[Scenes, Scenes
             row[rng.choice(classes, rng.integers(*CLASSES_PER_SCENE, endpoint=True), replace=False)] = True
         return present
 
-    return _scenes((train, test), choose, INSTANCES_PER_CLASS, True, seed)
+    one, two = _scenes((train, test), choose, SEVERAL_CLASSES, seed)
+    return one, two
+
+
+def _single_label_scenes(counts: Sequence[int], style: Style, seed: int) -> list[Scenes]:
+    """Each class in equally many scenes."""
+
+    def choose(count: int, classes: int, rng: np.random.Generator) -> NDArray[np.bool_]:
+        labels = rng.permutation(np.arange(count) % classes)
+        return np.arange(classes) == labels[:, None]
+
+    return [replace(part, labels=part.labels.argmax(1)) for part in _scenes(counts, choose, style, seed)]
 
 
 def _scenes(
-    counts: tuple[int, int],
+    counts: Sequence[int],
     choose: Callable[[int, int, np.random.Generator], NDArray[np.bool_]],
-    instances: tuple[int, int],
-    mirrored: bool,
+    style: Style,
     seed: int,
-) -> tuple[Scenes, Scenes]:
-    """Training and test scenes; ``choose`` says which classes are in each, ``[count, classes]``."""
+) -> list[Scenes]:
+    """Scenes for training and test; with three counts held-out scenes between them. ``choose`` says which
+    classes are in each, ``[count, classes]``."""
     digits = load_digits()
     pixels = (digits.images / digits.images.max()).astype(np.float32)  # [1797, 8, 8]
     photographs = load_sample_images().images
     rng = np.random.default_rng(seed)
-    allowed = _split(digits.target, rng)
-    cut = [round(photo.shape[1] * (1 - TEST_COLUMNS)) for photo in photographs]
-    sides = (
-        [photo[:, :column] for photo, column in zip(photographs, cut, strict=True)],
-        [photo[:, column:] for photo, column in zip(photographs, cut, strict=True)],
-    )
-    train, test = (
-        _compose(
-            choose(count, len(digits.target_names), part),
-            pixels,
-            digits.target,
-            indices,
-            photos,
-            instances,
-            mirrored,
-            part,
-        )
-        for count, indices, photos, part in zip(counts, allowed, sides, rng.spawn(2), strict=True)
-    )
-    return train, test
+    allowed = [*_split(digits.target, rng)]
+    cuts = [0, 1 - TEST_COLUMNS, 1]
+    if len(counts) == 3:
+        rest, held_out = _split(digits.target[allowed[0]], rng)
+        allowed = [allowed[0][rest], allowed[0][held_out], allowed[1]]
+        cuts.insert(1, 1 - TEST_COLUMNS - HELD_OUT_COLUMNS)
+    parts = []
+    for part, (count, generator) in enumerate(zip(counts, rng.spawn(len(counts)), strict=True)):
+        present = choose(count, len(digits.target_names), generator)
+        photos = [_columns(photo, *cuts[part : part + 2]) for photo in photographs]
+        parts.append(_compose(present, pixels, digits.target, allowed[part], photos, style, generator))
+    return parts
+
+
+def _columns(photograph: NDArray[np.uint8], start: float, end: float) -> NDArray[np.uint8]:
+    """From one share of its width to another."""
+    width = photograph.shape[1]
+    return photograph[:, round(start * width) : round(end * width)]
 
 
 def _split(
@@ -132,26 +158,29 @@ def _compose(
     labels: NDArray[np.int64],
     allowed: NDArray[np.int64],
     photographs: Sequence[NDArray[np.uint8]],
-    count: tuple[int, int],
-    mirrored: bool,
+    style: Style,
     rng: np.random.Generator,
 ) -> Scenes:
     classes = np.unique(labels)
     scenes, written, sources = [], [], []
     for row in present:
         instances = [
-            rng.choice(allowed[labels[allowed] == label], rng.integers(*count, endpoint=True), replace=False)
+            rng.choice(
+                allowed[labels[allowed] == label],
+                rng.integers(*style.instances, endpoint=True),
+                replace=False,
+            )
             for label in classes[row]
         ]
         chosen = np.concatenate(instances)
         other = allowed[np.isin(labels[allowed], classes[~row])]
-        fragments = rng.choice(other, rng.integers(*FRAGMENTS, endpoint=True), replace=False)
+        fragments = rng.choice(other, rng.integers(*style.fragments, endpoint=True), replace=False)
         background = crop_background(photographs[int(rng.integers(len(photographs)))], rng)
         digits = pixels[chosen]  # [K, 8, 8]
-        if mirrored:
+        if style.mirrored:
             turn = rng.random(len(digits)) < 0.5
             digits = np.where(turn[:, None, None], digits[..., ::-1], digits)
-        scenes.append(draw_scene(background, digits, pixels[fragments], rng))
+        scenes.append(draw_scene(background, digits, pixels[fragments], rng, style.digit_size))
         written.append(tuple(int(np.flatnonzero(classes == labels[i])[0]) for i in chosen))
         sources.append(tuple(int(i) for i in (*chosen, *fragments)))
     images = np.stack([scene.image for scene in scenes]) if scenes else np.zeros((0, SIZE, SIZE, 3), np.uint8)
@@ -186,18 +215,19 @@ def draw_scene(
     instances: NDArray[np.float32],
     fragments: NDArray[np.float32],
     rng: np.random.Generator,
+    digit_size: tuple[int, int] = SCATTERED.digit_size,
 ) -> Scene:
     """Write ``instances`` [K, 8, 8] apart from one another, over ``fragments`` [F, 8, 8] cut from digits."""
     canvas = background.astype(np.float32)  # [SIZE, SIZE, 3]
     for digit in fragments:
-        piece = _cut(_shape(digit, rng, scale=1.0), rng)
+        piece = _cut(_shape(digit, digit_size, rng, scale=1.0), rng)
         height, width = piece.shape
         left, top = rng.integers(SIZE - width, endpoint=True), rng.integers(SIZE - height, endpoint=True)
         _write(canvas, piece, left, top, rng)
     ink = np.zeros((SIZE, SIZE), np.float32)
     boxes: list[Box] = []
     for digit in instances:
-        shape, left, top = _place(digit, boxes, rng)
+        shape, left, top = _place(digit, digit_size, boxes, rng)
         height, width = shape.shape
         _write(canvas, shape, left, top, rng)
         ink[top : top + height, left : left + width] += shape
@@ -206,9 +236,11 @@ def draw_scene(
     return Scene(noisy.round().clip(0, 255).astype(np.uint8), ink, tuple(boxes))
 
 
-def _shape(digit: NDArray[np.float32], rng: np.random.Generator, scale: float) -> NDArray[np.float32]:
+def _shape(
+    digit: NDArray[np.float32], digit_size: tuple[int, int], rng: np.random.Generator, scale: float
+) -> NDArray[np.float32]:
     """The digit's opacity at a random size and slant, cut to its ink: [height, width]."""
-    side = max(8, round(rng.integers(*DIGIT_SIZE, endpoint=True) * scale))
+    side = max(8, round(rng.integers(*digit_size, endpoint=True) * scale))
     image = Image.fromarray(digit).resize((side, side), Image.Resampling.BICUBIC)
     image = image.rotate(rng.uniform(-15, 15), Image.Resampling.BICUBIC, expand=True)
     opacity = np.asarray(image).clip(0, 1)
@@ -226,12 +258,12 @@ def _cut(shape: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.flo
 
 
 def _place(
-    digit: NDArray[np.float32], taken: Sequence[Box], rng: np.random.Generator
+    digit: NDArray[np.float32], digit_size: tuple[int, int], taken: Sequence[Box], rng: np.random.Generator
 ) -> tuple[NDArray[np.float32], int, int]:
     """The digit's opacity, left and top, clear of the boxes already taken."""
     scale = 1.0
     while True:
-        shape = _shape(digit, rng, scale)
+        shape = _shape(digit, digit_size, rng, scale)
         height, width = shape.shape
         for _ in range(20):
             left = int(rng.integers(SIZE - width, endpoint=True))

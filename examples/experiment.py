@@ -39,6 +39,7 @@ class Experiment(ABC, Generic[E]):
 
     title: str
     defaults: ClassVar[dict[str, Any]]  # of the options that all experiments have
+    fewest_scenes: ClassVar[int] = 2  # to train on
     no_folder: ClassVar[str] = ""  # why a folder of images will not do
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -57,6 +58,10 @@ class Experiment(ABC, Generic[E]):
             ValueError: the folder of images cannot be used; the message says why.
         """
 
+    def network(self, num_classes: int) -> Network:
+        """What is trained."""
+        return Network(num_classes)
+
     @abstractmethod
     def methods(self, scenes: Scenes) -> dict[str, Method]:
         """The ways to train, for these training images."""
@@ -64,6 +69,10 @@ class Experiment(ABC, Generic[E]):
     def pretraining(self, scenes: Scenes) -> Stage | None:
         """What the start of all of them is trained on; None leaves it random."""
         return None
+
+    def stage(self, method: Method, scenes: Scenes) -> Stage:
+        """How one of the methods is trained."""
+        return Stage(method, scenes, self.options.epochs, self.options.learning_rate)
 
     @abstractmethod
     def evaluate(self, network: Network, method: Method, scenes: Scenes, standardise: Standardise) -> E:
@@ -82,5 +91,12 @@ class Experiment(ABC, Generic[E]):
         """Plain sentences; each verdict follows from the numbers in it."""
 
     @abstractmethod
-    def save_picture(self, path: Path, pairs: Pairs, scenes: Scenes, standardise: Standardise) -> None:
+    def save_picture(
+        self,
+        path: Path,
+        pairs: Pairs,
+        evaluations: Mapping[str, E],
+        scenes: Scenes,
+        standardise: Standardise,
+    ) -> None:
         """What the networks look at."""

@@ -1,4 +1,4 @@
-"""A small residual network in four stages, open at the input of its last down-sampling stage."""
+"""A small residual network in four stages, open at the input of the last one."""
 
 from typing import NamedTuple
 
@@ -11,13 +11,13 @@ WIDTHS = (16, 32, 96, 224)
 class Activations(NamedTuple):
     """One pass of the network."""
 
-    middle: Tensor  # [N, WIDTHS[2], 12, 12], input of the last down-sampling stage
-    last: Tensor  # [N, WIDTHS[3], 6, 6]
-    pooled: Tensor  # [N, WIDTHS[3]]
+    middle: Tensor  # [N, WIDTHS[2], 12, 12], input of the last stage
+    last: Tensor  # [N, last_width, 6, 6], or 12 x 12 where the last stage keeps the size
+    pooled: Tensor  # [N, last_width]
 
 
 class Network(nn.Module):
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, last_width: int = WIDTHS[3], last_stride: int = 2) -> None:
         super().__init__()
         stem, *_ = WIDTHS
         self.trunk = nn.Sequential(
@@ -28,8 +28,8 @@ class Network(nn.Module):
             Block(WIDTHS[0], WIDTHS[1], stride=2),  # 24 x 24
             Block(WIDTHS[1], WIDTHS[2], stride=2),  # 12 x 12
         )
-        self.last_stage = Block(WIDTHS[2], WIDTHS[3], stride=2)  # 6 x 6
-        self.classifier = nn.Linear(WIDTHS[3], num_classes)
+        self.last_stage = Block(WIDTHS[2], last_width, last_stride)
+        self.classifier = nn.Linear(last_width, num_classes)
 
     def activations(self, images: Tensor) -> Activations:
         middle = self.trunk(images)

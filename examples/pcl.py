@@ -12,6 +12,7 @@ from digit_scenes import SIZE, Scenes, digit_scenes, image_folder
 from experiment import Evaluation, Experiment, Pairs, TimedOp
 from findings import paired, verdict
 from network import WIDTHS, Activations, Network
+from option_types import share
 from pictures import Column, save_grid
 from rich.table import Table
 from torch import Tensor, nn
@@ -203,7 +204,14 @@ class PclExperiment(Experiment[PclEvaluation]):
             "times as long.",
         ]
 
-    def save_picture(self, path: Path, pairs: Pairs, scenes: Scenes, standardise: Standardise) -> None:
+    def save_picture(
+        self,
+        path: Path,
+        pairs: Pairs,
+        evaluations: Mapping[str, PclEvaluation],
+        scenes: Scenes,
+        standardise: Standardise,
+    ) -> None:
         shown = standardise(scenes.images[:PICTURE_ROWS])
         save_grid(path, scenes, picture_columns(pairs, shown, standardise, self.options.threshold))
 
@@ -217,13 +225,6 @@ def compare(what: str, before: Tensor, after: Tensor) -> tuple[str, str]:
         f"({100 * change:+.1f} ± {100 * error:.1f} points)"
     )
     return sentence, verdict(change, error)
-
-
-def share(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not between 0 and 1")
-    return value
 
 
 def share_of_digits(masks: Tensor, scenes: Scenes) -> float | None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 import torch.nn.functional as F
-from digit_scenes import SIZE, Scenes
+from digit_scenes import SIZE, Box, Scenes
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -97,6 +97,41 @@ def save_heat_rows(
     _save(figure, path)
 
 
+class BoxRow(NamedTuple):
+    """Where one network finds the object of each image."""
+
+    title: str
+    heat: Tensor  # [R, H, W] in [0, 1]
+    boxes: Sequence[Box]
+
+
+def save_boxes(path: Path, scenes: Scenes, rows: Sequence[BoxRow]) -> None:
+    """The first images side by side, below each what the networks find: true boxes red, theirs green."""
+    assert scenes.boxes is not None
+    panel, gap, top, left = PANEL, 6, 24, 26
+    columns = len(rows[0].boxes)
+    width, height = left + columns * (panel + gap), top + (1 + len(rows)) * (panel + gap)
+    figure = Figure((width / 100, height / 100), dpi=100)
+    for column in range(columns):
+        image = scenes.images[column].permute(1, 2, 0).numpy() / 255  # [SIZE, SIZE, 3]
+        for place, row in enumerate((None, *rows)):
+            x, y = left + column * (panel + gap), height - top - (place + 1) * panel - place * gap
+            axes = figure.add_axes((x / width, y / height, panel / width, panel / height))
+            axes.set(xticks=[], yticks=[])
+            if row is None:
+                axes.imshow(image, interpolation="nearest")
+                axes.set_title(f"class {scenes.classes[scenes.labels[column]]}", fontsize=12, pad=4)
+            else:
+                _draw_heat(axes, image, row.heat[column])
+            for box in scenes.boxes[column]:
+                _draw_box(axes, box, "#ff2020")
+            if row is not None:
+                _draw_box(axes, row.boxes[column], "#20e020")
+            if column == 0:
+                axes.set_ylabel("image" if row is None else row.title, fontsize=13)
+    _save(figure, path)
+
+
 def _save(figure: Figure, path: Path) -> None:
     figure.savefig(path)
     # A palette of 256 colours is a third of the size, and the eye sees no difference.
@@ -108,10 +143,15 @@ def _draw_boxes(axes: Axes, scenes: Scenes, row: int, label: int | None = None) 
     boxes = scenes.boxes[row] if scenes.boxes else ()
     if label is not None and scenes.written is not None:
         boxes = tuple(box for box, name in zip(boxes, scenes.written[row], strict=True) if name == label)
-    for left, top, right, bottom in boxes:
-        corner, size = (left - 0.5, top - 0.5), (right - left, bottom - top)
-        for colour, width in (("black", 2.6), ("white", 1.2)):  # seen on any background
-            axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor=colour, linewidth=width))
+    for box in boxes:
+        _draw_box(axes, box, "white")
+
+
+def _draw_box(axes: Axes, box: Box, inner: str) -> None:
+    left, top, right, bottom = box
+    corner, size = (left - 0.5, top - 0.5), (right - left, bottom - top)
+    for colour, width in (("black", 2.6), (inner, 1.2)):  # seen on any background
+        axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor=colour, linewidth=width))
 
 
 def _draw(

@@ -2,11 +2,14 @@
 
     python examples/train_digit_scenes.py                     digit scenes, cross-entropy against PCL
     python examples/train_digit_scenes.py --method vac        several classes in each scene, VAC
+    python examples/train_digit_scenes.py --method i2c        one object in each scene, found by I2C
     python examples/train_digit_scenes.py --data photos/      one subfolder of images per class
     python examples/train_digit_scenes.py --device cuda --epochs 20
+    torchrun --nproc-per-node 2 examples/train_digit_scenes.py --method i2c
 
-All runs start from the same weights and see the same batches. Tables are printed; the picture ``scenes.png``
-and all numbers, ``results.json``, go to the folder ``demo``.
+All runs start from the same weights and see the same batches; several processes share each batch. Tables are
+printed; the picture ``scenes.png`` and all numbers, ``results.json``, go to the folder ``demo``, those of vac
+and i2c to ``demo-vac`` and ``demo-i2c``.
 """
 
 import argparse
@@ -24,8 +27,11 @@ import sklearn
 import torch
 from experiment import Evaluation, Experiment
 from findings import op_sentence, op_table
+from i2c import I2cExperiment
 from network import Network
+from option_types import device, positive
 from pcl import PclExperiment
+from processes import joined, own_share, started, world
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from training import Stage, Standardise, batch_schedule, time_backends, time_steps, train
@@ -35,24 +41,11 @@ import camkernels
 from camkernels import fused_cam
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
-EXPERIMENTS: dict[str, type[Experiment[Any]]] = {"pcl": PclExperiment, "vac": VacExperiment}
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
-
-
-def device(text: str) -> torch.device:
-    try:
-        chosen = torch.device(text)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:  # the latter where torch is built without CUDA
-        reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here: {reason}") from None
-    return chosen
+EXPERIMENTS: dict[str, type[Experiment[Any]]] = {
+    "i2c": I2cExperiment,
+    "pcl": PclExperiment,
+    "vac": VacExperiment,
+}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -86,8 +79,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     chosen.add_options(parser)
     parser.set_defaults(**chosen.defaults)
     options = parser.parse_args(arguments)
-    if options.batch_size < 2:
-        parser.error("argument --batch-size: 1 is not at least 2, which batch normalisation needs")
+    if options.batch_size < 2 * started():
+        parser.error(
+            f"argument --batch-size: {options.batch_size} is not at least {2 * started()}: batch "
+            "normalisation needs 2 images in every process"
+        )
+    fewest = max(chosen.fewest_scenes, 2 * started())
+    if options.train_scenes < fewest:
+        parser.error(f"argument --train-scenes: {options.train_scenes} is not at least {fewest}")
     try:
         with camkernels.use_backend(options.backend):
             small = torch.zeros(1, 1, 1, 1, device=options.device)
@@ -103,8 +102,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    with camkernels.use_backend(options.backend):
-        compare(EXPERIMENTS[options.method](options), options, Console())
+    with camkernels.use_backend(options.backend), joined(options.device) as options.device:
+        compare(EXPERIMENTS[options.method](options), options, Console(quiet=world().rank > 0))
 
 
 def compare(experiment: Experiment[Any], options: argparse.Namespace, console: Console) -> None:
@@ -117,13 +116,10 @@ def compare(experiment: Experiment[Any], options: argparse.Namespace, console: C
         raise SystemExit(f"--data: {error}") from None
     standardise = Standardise(train_scenes.images, options.device)
     torch.manual_seed(options.seed)
-    start = Network(len(train_scenes.classes))
+    start = experiment.network(len(train_scenes.classes))
     methods = experiment.methods(train_scenes)
     pretraining = experiment.pretraining(train_scenes)
-    stages = {
-        name: Stage(method, train_scenes, options.epochs, options.learning_rate)
-        for name, method in methods.items()
-    }
+    stages = {name: experiment.stage(method, train_scenes) for name, method in methods.items()}
     for module in (start, *methods.values()):
         # channels_last: on the CPU a step is faster by a third, and camkernels reads it in place.
         module.to(options.device).to(memory_format=torch.channels_last)
@@ -131,6 +127,7 @@ def compare(experiment: Experiment[Any], options: argparse.Namespace, console: C
         f"{len(train_scenes.labels)} training and {len(test_scenes.labels)} test images of "
         f"{len(train_scenes.classes)} classes; {options.epochs} epochs each of "
         f"{'; '.join(method.title for method in methods.values())}; on {options.device}"
+        + (f", {world().size} processes" if world().size > 1 else "")
     )
 
     networks: dict[str, Network] = {}
@@ -146,6 +143,7 @@ def compare(experiment: Experiment[Any], options: argparse.Namespace, console: C
             def advance(description: str) -> None:
                 progress.update(task, advance=1, description=description)
 
+            torch.manual_seed(options.seed + world().rank)  # what a method draws is the same for all methods
             return train(network, stage, standardise, options, advance)
 
         if pretraining is not None:
@@ -153,12 +151,17 @@ def compare(experiment: Experiment[Any], options: argparse.Namespace, console: C
         for name, stage in stages.items():
             networks[name] = copy.deepcopy(start)
             record = run(networks[name], stage)
+            if world().rank > 0:
+                continue  # the first process looks at what they trained together
             evaluations[name] = experiment.evaluate(networks[name], stage.method, test_scenes, standardise)
             runs[name] = {"title": stage.method.title, **evaluations[name].summary(), **record}
 
     pairs = {name: (networks[name], methods[name]) for name in methods}
-    images = standardise(train_scenes.images[: options.batch_size])
-    step_ms = time_steps(pairs, images, train_scenes.labels[: len(images)].to(options.device), options)
+    part = own_share(torch.arange(min(options.batch_size, len(train_scenes.labels))))
+    images, labels = standardise(train_scenes.images[part]), train_scenes.labels[part].to(options.device)
+    step_ms = time_steps(pairs, images, labels, options)  # in all processes: losses may need the others
+    if world().rank > 0:
+        return
     for name, record in runs.items():
         record["ms_per_step"] = step_ms[name]
     op = experiment.timed_op(pairs, images)
@@ -172,7 +175,7 @@ def compare(experiment: Experiment[Any], options: argparse.Namespace, console: C
 
     options.output.mkdir(parents=True, exist_ok=True)
     picture = options.output / "scenes.png"
-    experiment.save_picture(picture, pairs, test_scenes, standardise)
+    experiment.save_picture(picture, pairs, evaluations, test_scenes, standardise)
     results = {
         "runs": runs,
         "op": op.name,
@@ -202,6 +205,7 @@ def versions(device: torch.device) -> dict[str, Any]:
         "matplotlib": matplotlib.__version__,
         "scikit-learn": sklearn.__version__,
         "threads": torch.get_num_threads(),
+        "processes": world().size,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
     }
 

@@ -4,14 +4,16 @@ import argparse
 import copy
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import NamedTuple
 
 import torch
 from digit_scenes import Scenes
 from network import Network
+from processes import own_share, world
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import camkernels
 
@@ -29,6 +31,31 @@ class Method(nn.Module, ABC):
         """The scalar to minimise for images [N, 3, S, S] and their labels, [N] or [N, L]."""
 
 
+Batches = Callable[[Tensor, int, torch.Generator], Sequence[Tensor]]
+
+
+def shuffled_batches(labels: Tensor, batch_size: int, generator: torch.Generator) -> Sequence[Tensor]:
+    """Indices of all images in random order, a batch at a time."""
+    return torch.split(torch.randperm(len(labels), generator=generator), batch_size)
+
+
+def paired_batches(labels: Tensor, batch_size: int, generator: torch.Generator) -> Sequence[Tensor]:
+    """Batches that hold every class equally often, two images of a class beside each other.
+
+    Classes are drawn without replacement, two images for each, until all had their turn; then anew. No image
+    comes twice; one of a class with an odd number of images is left over.
+    """
+    pairs = []  # of each class, [P, 2]
+    for label in labels.unique():
+        members = torch.nonzero(labels == label)[:, 0]
+        shuffled = members[torch.randperm(len(members), generator=generator)]
+        pairs.append(list(shuffled[: len(members) // 2 * 2].view(-1, 2)))
+    drawn = []
+    while waiting := [of_class for of_class in pairs if of_class]:
+        drawn += [waiting[place].pop() for place in torch.randperm(len(waiting), generator=generator)]
+    return torch.split(torch.cat(drawn), batch_size // 2 * 2)
+
+
 class Stage(NamedTuple):
     """One training of one network."""
 
@@ -36,6 +63,19 @@ class Stage(NamedTuple):
     scenes: Scenes
     epochs: int
     learning_rate: float
+    batches: Batches = shuffled_batches  # of one epoch
+
+
+class Step(nn.Module):
+    """The loss as a module's forward pass, which is what ``DistributedDataParallel`` wraps."""
+
+    def __init__(self, network: Network, method: Method) -> None:
+        super().__init__()
+        self.network = network
+        self.method = method
+
+    def forward(self, images: Tensor, target: Tensor) -> Tensor:
+        return self.method.loss(self.network, images, target)
 
 
 class Standardise:
@@ -71,21 +111,22 @@ def train(
 ) -> dict[str, float]:
     """SGD with momentum and cosine annealing; ``advance`` is told of every step."""
     method, scenes = stage.method, stage.scenes
-    parameters = [*network.parameters(), *method.parameters()]
+    step: nn.Module = Step(network, method)
     optimizer = torch.optim.SGD(
-        parameters, stage.learning_rate, momentum=0.9, weight_decay=options.weight_decay
+        step.parameters(), stage.learning_rate, momentum=0.9, weight_decay=options.weight_decay
     )
     schedule = batch_schedule(stage, options)
     steps = sum(map(len, schedule))
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    network.train()
-    method.train()
+    step.train()
+    if world().size > 1:
+        step = DistributedDataParallel(step)
     mean_loss = 0.0
     for epoch, parts in enumerate(schedule):
         losses = []
         for part in parts:
             images = standardise(scenes.images[part])  # [B, 3, SIZE, SIZE]
-            loss = method.loss(network, images, scenes.labels[part].to(options.device))
+            loss = step(images, scenes.labels[part].to(options.device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -97,12 +138,12 @@ def train(
 
 
 def batch_schedule(stage: Stage, options: argparse.Namespace) -> list[list[Tensor]]:
-    """Shuffled indices, epoch by epoch, the same for every method; a last batch of one image is left out, for
-    batch normalisation cannot take it."""
+    """This process's indices, epoch by epoch, the same for every method; a last batch of one image is left
+    out, for batch normalisation cannot take it."""
     generator = torch.Generator().manual_seed(options.seed)
     epochs = []
     for _ in range(stage.epochs):
-        parts = torch.split(torch.randperm(len(stage.scenes.labels), generator=generator), options.batch_size)
+        parts = map(own_share, stage.batches(stage.scenes.labels, options.batch_size, generator))
         epochs.append([part for part in parts if len(part) > 1])
     return epochs
 

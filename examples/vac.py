@@ -12,6 +12,7 @@ from digit_scenes import SIZE, Scenes, digit_crops, multi_label_scenes
 from experiment import Evaluation, Experiment, Pairs, TimedOp
 from findings import paired, verdict
 from network import Network
+from option_types import above_zero
 from pictures import HeatRow, save_heat_rows
 from rich.table import Table
 from torch import Tensor
@@ -211,7 +212,14 @@ class VacExperiment(Experiment[VacEvaluation]):
         return told
 
     @torch.no_grad()
-    def save_picture(self, path: Path, pairs: Pairs, scenes: Scenes, standardise: Standardise) -> None:
+    def save_picture(
+        self,
+        path: Path,
+        pairs: Pairs,
+        evaluations: Mapping[str, VacEvaluation],
+        scenes: Scenes,
+        standardise: Standardise,
+    ) -> None:
         assert scenes.written is not None
         images = standardise(scenes.images[:PICTURE_ROWS])
         # One label of each image: that of its first digit.
@@ -255,10 +263,3 @@ def compare_map(before: VacEvaluation, after: VacEvaluation) -> str:
 
 def percent(share: float) -> str:
     return f"{100 * share:.1f}"
-
-
-def above_zero(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{value} is not above 0")
-    return value

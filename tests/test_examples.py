@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +18,10 @@ pytest.importorskip(
     "torchmetrics", reason="the examples need scikit-learn, torchmetrics and more (camkernels[examples])"
 )
 digit_scenes = importlib.import_module("digit_scenes")
+i2c = importlib.import_module("i2c")
 pcl = importlib.import_module("pcl")
+processes = importlib.import_module("processes")
+training = importlib.import_module("training")
 vac = importlib.import_module("vac")
 train_digit_scenes = importlib.import_module("train_digit_scenes")
 
@@ -134,6 +139,28 @@ def test_crops_hold_their_digit(multi_label):
             if 0 <= x <= SIZE - 32 and 0 <= y <= SIZE - 32:
                 assert torch.equal(crops.images[number], image[:, y : y + 32, x : x + 32])
             number += 1
+
+
+def test_one_large_digit_among_pieces_of_others():
+    source_labels = digit_scenes.load_digits().target
+    parts = digit_scenes.object_scenes(200, 50, 50, seed=3)
+    used = [{i for sources in part.sources for i in sources} for part in parts]
+    assert not used[0] & used[1]
+    assert not used[0] & used[2]
+    assert not used[1] & used[2]
+    for part, images in zip(parts, (200, 50, 50), strict=True):
+        assert part.images.shape == (images, 3, SIZE, SIZE)
+        assert part.labels.bincount().tolist() == [images // 10] * 10
+        truth = i2c.object_boxes(part)
+        assert truth.shape == (images, 4)
+        longest = (truth[:, 2:] - truth[:, :2]).amax(1)
+        assert longest.min() >= 30
+        assert longest.max() <= SIZE
+        for label, boxes, sources in zip(part.labels.tolist(), part.boxes, part.sources, strict=True):
+            assert len(boxes) == 1
+            assert 3 <= len(sources) <= 5
+            assert source_labels[sources[0]] == label
+            assert label not in {int(source_labels[i]) for i in sources[1:]}
 
 
 @pytest.mark.parametrize("compose", [digit_scenes.digit_scenes, digit_scenes.multi_label_scenes])
@@ -293,9 +320,143 @@ def test_vac_from_end_to_end(tmp_path, capsys):
         assert picture.width <= 1700
 
 
+I2C_KEYS = (
+    "classification_top1",
+    "classification_top5",
+    "localization_top1",
+    "localization_top5",
+    "localization_gt_known",
+    "box_threshold",
+)
+TINY_I2C = [*TINY, "--method", "i2c", "--held-out-scenes", "10", "--seeds", "2"]
+
+
+def test_i2c_from_end_to_end(tmp_path, capsys):
+    printed = run(capsys, *TINY_I2C, "--output", str(tmp_path / "one"))
+    results = json.loads((tmp_path / "one" / "results.json").read_text())
+    assert list(results["runs"]) == ["baseline", "sc", "sc_gc"]
+    for title, measured in zip(("CE", "CE + SC", "CE + SC + GC"), results["runs"].values(), strict=True):
+        assert measured["title"] == title
+        assert title in printed
+        assert measured["steps"] == 3
+        assert measured["ms_per_step"] > 0
+        for key in I2C_KEYS:
+            assert 0 <= measured[key] <= 1
+        assert measured["localization_top1"] >= measured["localization_top5"]
+        assert measured["localization_top5"] >= measured["localization_gt_known"]
+    assert results["op"] == "fused_cam_seeds"
+    assert results["op_ms"]["reference"] > 0
+    assert results["settings"]["stochastic"] == 0.008
+    assert results["versions"]["processes"] == 1
+    assert "GT-known" in printed
+    assert "paper's claims" in printed
+    with Image.open(tmp_path / "one" / "scenes.png") as picture:
+        assert picture.width <= 1600
+
+    run(capsys, *TINY_I2C, "--output", str(tmp_path / "two"))
+    again = json.loads((tmp_path / "two" / "results.json").read_text())
+    for first, second in zip(results["runs"].values(), again["runs"].values(), strict=True):
+        del first["ms_per_step"], second["ms_per_step"]
+        assert first == second
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
+def test_i2c_on_two_processes(tmp_path):
+    """What torchrun starts: one set of tables and files, by the first process."""
+    script = Path(train_digit_scenes.__file__)
+    output = tmp_path / "demo"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, str(script), *TINY_I2C, "--output", str(output)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Errors on test images") == 1
+    assert "2 processes" in done.stdout
+    results = json.loads((output / "results.json").read_text())
+    assert list(results["runs"]) == ["baseline", "sc", "sc_gc"]
+    for measured in results["runs"].values():
+        assert measured["steps"] == 3
+        for key in I2C_KEYS:
+            assert 0 <= measured[key] <= 1
+    assert results["versions"]["processes"] == 2
+    assert (output / "scenes.png").stat().st_size > 0
+
+
+def test_paired_batches():
+    """Class 2 has an odd number of images, class 3 more than the others, class 4 one only."""
+    labels = torch.tensor([0] * 8 + [1] * 8 + [2] * 9 + [3] * 12 + [4])[torch.randperm(38)]
+    batches = training.paired_batches(labels, 17, torch.Generator().manual_seed(0))
+    assert [len(batch) for batch in batches] == [16, 16, 4]
+    order = torch.cat(list(batches))
+    assert len(order.unique()) == 36
+    classes = labels[order].view(-1, 2)
+    assert torch.equal(classes[:, 0], classes[:, 1])
+    assert classes[:, 0].bincount().tolist() == [4, 4, 4, 6]
+    for first in range(0, 16, 4):  # as long as all have some left, each comes once a turn
+        assert sorted(classes[first : first + 4, 0].tolist()) == [0, 1, 2, 3]
+    again = training.paired_batches(labels, 17, torch.Generator().manual_seed(0))
+    assert torch.equal(order, torch.cat(list(again)))
+    other = training.paired_batches(labels, 17, torch.Generator().manual_seed(1))
+    assert not torch.equal(order, torch.cat(list(other)))
+
+
+@pytest.mark.parametrize(
+    ("length", "size", "expected"),
+    [
+        (5, 1, [[0, 1, 2, 3, 4]]),
+        (8, 2, [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        (7, 2, [[0, 1], [2, 3]]),
+        (9, 3, [[0, 1], [2, 3], [4, 5]]),
+        (3, 2, [[], []]),
+    ],
+)
+def test_processes_share_batches_evenly_and_keep_pairs(length, size, expected, monkeypatch):
+    shares = []
+    for rank in range(size):
+        monkeypatch.setattr(processes, "world", lambda rank=rank: processes.World(rank, size))
+        shares.append(processes.own_share(torch.arange(length)).tolist())
+    assert shares == expected
+
+
 def test_each_method_has_a_folder_of_its_own():
-    folders = [train_digit_scenes.parse(["--method", method]).output.name for method in ("pcl", "vac")]
-    assert folders == ["demo", "demo-vac"]
+    methods = ("pcl", "vac", "i2c")
+    folders = [train_digit_scenes.parse(["--method", method]).output.name for method in methods]
+    assert folders == ["demo", "demo-vac", "demo-i2c"]
+
+
+def test_the_loss_of_i2c():
+    """Eq. 6 with seeds of one draw: cross-entropy, 0.25 SC, 0.5 GC."""
+    torch.manual_seed(0)
+    options = train_digit_scenes.parse(
+        ["--method", "i2c", "--seeds", "4", "--threshold", "0.6", "--stochastic", "0.25", "--global", "0.5"]
+    )
+    experiment = i2c.I2cExperiment(options)
+    network = experiment.network(10).eval()
+    images, target = torch.randn(4, 3, SIZE, SIZE), torch.tensor([3, 3, 7, 7])
+    features = network.activations(images).last
+    assert features.shape == (4, i2c.LAST_WIDTH, 12, 12)
+    scenes = digit_scenes.Scenes(images, target, tuple("0123456789"))
+    methods = experiment.methods(scenes)
+    centres = methods["sc_gc"].global_.centres.clone()
+
+    torch.manual_seed(1)
+    vectors = i2c.fused_cam_seeds(features, network.classifier.weight, target, 4, threshold=0.6).vectors
+    cross_entropy = torch.nn.functional.cross_entropy(network(images), target)
+    stochastic = (vectors[0::2] - vectors[1::2]).square().sum(2).mean()
+    means = vectors.view(2, 8, -1).mean(1)
+    global_ = (means - centres[[3, 7]]).square().sum(1).mean()
+    expected = {
+        "baseline": cross_entropy,
+        "sc": cross_entropy + 0.25 * stochastic,
+        "sc_gc": cross_entropy + 0.25 * stochastic + 0.5 * global_,
+    }
+    for name, method in methods.items():
+        torch.manual_seed(1)
+        torch.testing.assert_close(method.loss(network, images, target), expected[name])
 
 
 def test_the_loss_of_vac():
@@ -338,6 +499,12 @@ def test_the_loss_of_vac():
         (["--method", "vac", "--threshold", "0.5"], "unrecognized arguments: --threshold"),
         (["--consistency", "1"], "unrecognized arguments: --consistency"),
         (["--method", "vac", "--data", "."], "--data: a folder gives each image one class"),
+        (["--method", "i2c", "--data", "."], "--data: a folder has no boxes"),
+        (["--method", "i2c", "--seeds", "0"], "--seeds: 0 is not at least 1"),
+        (["--method", "i2c", "--decay", "1"], "--decay: 1.0 is not between 0 and 1"),
+        (["--method", "i2c", "--stochastic", "-1"], "--stochastic: -1.0 is not above 0"),
+        (["--method", "i2c", "--train-scenes", "19"], "--train-scenes: 19 is not at least 20"),
+        (["--global", "1"], "unrecognized arguments: --global"),
     ],
 )
 def test_bad_options(arguments, message, capsys):
@@ -424,6 +591,50 @@ def test_sentences_of_vac_follow_from_the_numbers(change, verdict):
     assert told[4].endswith(f": {verdict}.")
     assert "took 2.0, 2.1, 3.0 times as long" in told[-2]
     assert told[-1] == "Lambda was 0.25; the paper's is 1."
+
+
+def localised(right: torch.Tensor, classified: torch.Tensor) -> "i2c.I2cEvaluation":
+    """Boxes and classes that are right where asked for."""
+    truth = torch.tensor([[0, 0, 8, 8]]).expand(len(right), 4)
+    boxes = torch.where(right[:, None], truth, torch.tensor([40, 40, 48, 48]))
+    target = torch.zeros(len(right), dtype=torch.int64)
+    logits = torch.stack([classified.float(), torch.full((len(right),), 0.5)], 1)
+    return i2c.I2cEvaluation(logits, torch.zeros(len(right), 2, 2), target, boxes, truth, threshold=0.35)
+
+
+def test_summary_of_i2c():
+    right, classified = torch.tensor([True, True, True, False]), torch.tensor([True, False, False, True])
+    assert localised(right, classified).summary() == {
+        "classification_top1": 0.5,
+        "classification_top5": 0,
+        "localization_top1": 0.75,
+        "localization_top5": 0.25,
+        "localization_gt_known": 0.25,
+        "box_threshold": 0.35,
+    }
+
+
+@pytest.mark.parametrize(("change", "verdict"), VERDICTS)
+def test_sentences_of_i2c_follow_from_the_numbers(change, verdict):
+    """SC localises as many more or fewer images as ``change`` says; GC on top changes nothing."""
+    number = torch.arange(100)
+    before, after = number < 50, number < 50 + round(100 * change)
+    all_classified = torch.ones(100, dtype=torch.bool)
+    evaluations = {
+        "baseline": localised(before, all_classified),
+        "sc": localised(after, all_classified),
+        "sc_gc": localised(after, all_classified),
+    }
+    options = train_digit_scenes.parse(["--method", "i2c"])
+    step_ms = {"baseline": 10.0, "sc": 11.0, "sc_gc": 12.0}
+    told = i2c.I2cExperiment(options).sentences(evaluations, step_ms)
+    to = f"{50 - 100 * change:.1f} % ({0 - 100 * change:+.1f} ± "
+    assert told[1].startswith(f"CE + SC against CE: GT-known error from 50.0 % to {to}")
+    assert told[1].count(verdict) == 2
+    assert told[2].startswith("CE + SC + GC against CE: GT-known error from 50.0 %")
+    assert told[3].count("the claim did NOT show here, the change is within two standard errors") == 2
+    assert "300 held-out scenes: 0.35, 0.35, 0.35" in told[-2]
+    assert "took 1.10 and 1.20 times as long" in told[-1]
 
 
 def test_summary_of_vac():
