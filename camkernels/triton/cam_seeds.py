@@ -16,6 +16,7 @@ from camkernels.triton.front import (
     narrow,
     on_device_of,
     power_of_two,
+    registers,
     strides_of,
 )
 
@@ -214,8 +215,9 @@ def cam_seeds_fwd(
             pixels,
             threshold,
             BLOCK_I=block_i,
-            BLOCK_J=power_of_two(pixels, 1, 128),
+            BLOCK_J=power_of_two(pixels, 1, 64),
             num_warps=4,
+            **registers(128),
         )
         block_k = power_of_two(num_seeds, 1, 8)
         block_d = power_of_two(channels, 1, 1024 // block_k)
@@ -231,6 +233,7 @@ def cam_seeds_fwd(
             BLOCK_K=block_k,
             BLOCK_D=block_d,
             num_warps=4,
+            **registers(128),
         )
 
 
@@ -262,4 +265,5 @@ def cam_seeds_bwd(
             BLOCK_C=block_c,
             BLOCK_P=block_p,
             num_warps=4,
+            **registers(128),
         )

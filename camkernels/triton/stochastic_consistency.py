@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from camkernels.triton.front import narrow, on_device_of, power_of_two
+from camkernels.triton.front import narrow, on_device_of, power_of_two, registers
 
 
 @triton.jit
@@ -193,6 +193,7 @@ def stochastic_consistency_fwd(
                 BLOCK_M=4,
                 BLOCK_D=block_d,
                 num_warps=4,
+                **registers(128),
             )
         else:
             distances_kernel[(images * seeds,)](
@@ -204,6 +205,7 @@ def stochastic_consistency_fwd(
                 channels,
                 BLOCK_D=power_of_two(channels, 1, 1024),
                 num_warps=4,
+                **registers(128),
             )
 
 
@@ -232,6 +234,7 @@ def stochastic_consistency_bwd(
                 BLOCK_M=8,
                 BLOCK_D=block_d,
                 num_warps=4,
+                **registers(128),
             )
         else:
             # A program has all channels where it can: with fewer it makes each distance again.
@@ -247,4 +250,5 @@ def stochastic_consistency_bwd(
                 channels,
                 BLOCK_D=block_d,
                 num_warps=power_of_two(block_d // 256, 4, 8),
+                **registers(128),
             )
