@@ -300,7 +300,17 @@ def test_float64_vectors_and_float32_centres():
     value = loss(*batch())
     assert value.dtype == torch.float64
     assert loss.centres.dtype == torch.float32
-    assert value.item() == pytest.approx(WrittenOut(criterion().centres.double(), "paper")(*batch()).item())
+    expected = WrittenOut(criterion().centres.double(), "paper")(*batch())
+    assert value.item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_float32_vectors_and_float64_centres():
+    loss = criterion().double()
+    vectors, target = batch(dtype=torch.float32)
+    expected = WrittenOut(loss.centres, "paper")(vectors.double(), target)
+    value = loss(vectors, target)
+    assert value.dtype == torch.float64
+    assert value.item() == pytest.approx(expected.item(), rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -352,6 +362,16 @@ def test_nothing_depends_on_values():
     value.backward()
     assert value.shape == ()
     assert value.dtype == torch.float32
+
+
+def test_deterministic_algorithms():
+    # On a GPU index_add has a deterministic kernel, which this asks for.
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = (run(criterion().to(DEVICE), torch.float32, DEVICE) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
 @pytest.mark.skipif(not GPU, reason="synchronisation with a GPU needs one")

@@ -130,7 +130,7 @@ class GlobalConsistencyLoss(nn.Module):
         else:
             distance = torch.linalg.vector_norm(difference, dim=1)  # [Y]; its subgradient at 0 is 0
         if self.training:
-            self._update(means.detach(), present)
+            self._update(means, present)
         return distance.sum() / present.sum().clamp_min(1)
 
     def _checked(self, vectors: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
