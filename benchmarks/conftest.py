@@ -56,7 +56,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def session(request: pytest.FixtureRequest) -> Iterator[harness.Session]:
+def session(request: pytest.FixtureRequest) -> harness.Session:
     option = request.config.getoption
     device = torch.device(option("device"), 0) if option("device") == "cuda" else torch.device("cpu")
     freed = measure.FreedMemory(keep=device.type == "cpu" and option("allocator") == "keep")
@@ -70,17 +70,7 @@ def session(request: pytest.FixtureRequest) -> Iterator[harness.Session]:
         freed=freed,
     )
     request.config.stash[RESULTS] = session.results
-    yield session
-    information = {
-        **results.machine(device),
-        "last_level_cache_bytes": measure.last_level_cache(device),
-        "matrix_flops_per_second": session.matrix_rate,
-        "freed_memory_kept": freed.kept,
-    }
-    if option("results") is not None:
-        suffix = "" if option("dtype") == "float32" else f"-{option('dtype')}"
-        for op, rows in session.results.items():
-            results.save(option("results"), device, op + suffix, information, rows)
+    return session
 
 
 @pytest.fixture(scope="session")
@@ -89,6 +79,21 @@ def case(request: pytest.FixtureRequest, session: harness.Session) -> Iterator[h
     case = harness.Case(session, op, row, variant)
     yield case
     case.release()
+    save(request.config, session, op.name)  # now, for a run may be cut off
+
+
+def save(config: pytest.Config, session: harness.Session, op: str) -> None:
+    folder, rows = config.getoption("results"), session.results.get(op)
+    if folder is None or not rows:
+        return
+    information = {
+        **results.machine(session.device),
+        "last_level_cache_bytes": measure.last_level_cache(session.device),
+        "matrix_flops_per_second": session.matrix_rate,
+        "freed_memory_kept": session.freed.kept,
+    }
+    suffix = "" if session.dtype == torch.float32 else f"-{config.getoption('dtype')}"
+    results.save(folder, session.device, op + suffix, information, rows)
 
 
 @pytest.hookimpl(trylast=True)

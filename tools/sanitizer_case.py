@@ -5,6 +5,7 @@ import itertools
 import torch
 
 import camkernels
+from camkernels._library import memory_format
 from camkernels.transforms import Affine, HorizontalFlip, Scale, Translate
 
 # One for each path of the kernels: permutations, other moves, both kinds of common grid.
@@ -20,6 +21,25 @@ def transform_losses(features: torch.Tensor, weight: torch.Tensor) -> None:
         camkernels.fused_cam_transform_mse(
             features, features_t.requires_grad_(), weight, transform
         ).backward()
+
+
+def seeds_and_their_consistency(features: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> None:
+    # More seeds than candidates, and fewer; from the features themselves, and from a layer of odd width.
+    other = features.detach().repeat(1, 2, 1, 1)[:, 1:].contiguous(memory_format=memory_format(features))
+    for num_seeds, sampling in ((3, "random"), (60, "random"), (5, "first")):
+        for seed_features in (None, other.requires_grad_()):
+            seeds = camkernels.fused_cam_seeds(
+                features, weight, target, num_seeds, seed_features=seed_features, sampling=sampling
+            )
+            (seeds.vectors.float().square().sum() + seeds.cam.float().square().sum()).backward(
+                retain_graph=True
+            )
+            seeds.vectors.float().sum().backward()  # without a gradient to the map
+            for squared in (True, False):
+                vectors = seeds.vectors.detach().requires_grad_()
+                camkernels.stochastic_consistency(
+                    vectors, torch.zeros_like(target), squared=squared
+                ).backward()
 
 
 def main() -> None:
@@ -44,6 +64,7 @@ def main() -> None:
                 (erased.float().sum() + cam.float().square().sum()).backward()
             transform_losses(features, weight)
             transform_losses(features, weight.repeat(14, 1))
+            seeds_and_their_consistency(features, weight, target)
             for classes in (target, target[:, None].expand(2, 3).contiguous(), None):
                 camkernels.fused_cam(features, weight, classes).float().square().sum().backward()
     torch.cuda.synchronize()
