@@ -16,7 +16,7 @@ from camkernels.losses import StochasticConsistencyLoss
 
 pytestmark = pytest.mark.xdist_group("distributed")  # the processes start once
 
-SECONDS = 240  # of which 20 are needed on one busy core
+SECONDS = 240  # some ten times what the processes need
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
 
