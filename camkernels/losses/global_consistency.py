@@ -85,14 +85,15 @@ class GlobalConsistencyLoss(nn.Module):
     What neither preset does. The released code forms the mean of each adjacent pair of images, not of a
     class: a class that is drawn twice counts twice in the loss and, in the update, keeps the pair that was
     written last; here, as in eq. 2, all images of the class are averaged. Its ``F.pairwise_distance`` adds
-    1e-6 to every difference. It keeps centres and counters as parameters without gradient, which an optimiser
-    with weight decay may be given; here they are buffers.
+    1e-6 to every difference. It keeps centres and counters as parameters without gradient; here they are
+    buffers.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
         ValueError: a wrong shape, device or option.
         IndexError: a class index outside [0, Y) on the CPU. On a GPU, where looking would mean waiting, and
-            in a compiled graph the loss is NaN instead, and no centre moves by that image.
+            in a compiled graph the loss is NaN instead; no centre moves by that image, and the first or last
+            class keeps its own.
 
     Source: Zhang et al., ECCV 2020, eq. 2-5.
     """
