@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 def test_against_plain_loops(vector_bytes, tmp_path):
     program = tmp_path / "cpu_products"
     wide = vector_bytes > 16 and platform.machine() in ("x86_64", "AMD64")
-    command = [os.environ.get("CXX", "c++"), "-std=c++20", "-O1", "-Wno-psabi", f"-I{ROOT / 'csrc'}"]
+    command = [os.environ.get("CXX", "c++"), "-std=c++20", "-O0", "-Wno-psabi", f"-I{ROOT / 'csrc'}"]
     command += ["-mavx2", "-mfma", "-mf16c"] if wide and has_avx2() else []
     command += [f"-DCAMKERNELS_VECTOR_BYTES={vector_bytes}", "-fsanitize=address,undefined"]
     command += [str(ROOT / "tests" / "cpu_products.cpp"), "-o", str(program)]
