@@ -82,22 +82,24 @@ def select_seeds_kernel(
     pixel = tile * BLOCK_I + tl.arange(0, BLOCK_I)
     key = candidate_keys(map_ptr, noise_ptr, pixel, pixels, threshold)
     any_here = tl.max(key, 0) > NONE
-    candidates = tl.zeros([BLOCK_J], tl.int32)
-    before = tl.zeros([BLOCK_I, BLOCK_J], tl.int32)
-    for first in range(0, pixels, BLOCK_J):
-        other = first + tl.arange(0, BLOCK_J)
-        other_key = candidate_keys(map_ptr, noise_ptr, other, pixels, threshold)
-        candidates += (other_key > NONE).to(tl.int32)
-        if any_here & (tl.max(other_key, 0) > NONE):
-            tie = (other_key[None, :] == key[:, None]) & (other[None, :] < pixel[:, None])
-            before += ((other_key[None, :] > key[:, None]) | tie).to(tl.int32)
-    place = tl.sum(before, 1)
-    tl.store(indices_ptr + place, pixel.to(tl.int64), mask=(key > NONE) & (place < seeds))
-    if tile == 0:
-        count = tl.sum(candidates, 0)
-        tl.store(count_ptr + image, count.to(tl.int64))
-        if count == 0:
-            tl.store(indices_ptr, tl.cast(first_maximum(map_ptr, pixels, BLOCK_J), tl.int64))
+    # Most tiles lie outside the peak. The first one counts for all.
+    if any_here | (tile == 0):
+        candidates = tl.zeros([BLOCK_J], tl.int32)
+        before = tl.zeros([BLOCK_I, BLOCK_J], tl.int32)
+        for first in range(0, pixels, BLOCK_J):
+            other = first + tl.arange(0, BLOCK_J)
+            other_key = candidate_keys(map_ptr, noise_ptr, other, pixels, threshold)
+            candidates += (other_key > NONE).to(tl.int32)
+            if any_here & (tl.max(other_key, 0) > NONE):
+                tie = (other_key[None, :] == key[:, None]) & (other[None, :] < pixel[:, None])
+                before += ((other_key[None, :] > key[:, None]) | tie).to(tl.int32)
+        place = tl.sum(before, 1)
+        tl.store(indices_ptr + place, pixel.to(tl.int64), mask=(key > NONE) & (place < seeds))
+        if tile == 0:
+            count = tl.sum(candidates, 0)
+            tl.store(count_ptr + image, count.to(tl.int64))
+            if count == 0:
+                tl.store(indices_ptr, tl.cast(first_maximum(map_ptr, pixels, BLOCK_J), tl.int64))
 
 
 @triton.jit
