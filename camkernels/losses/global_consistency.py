@@ -123,15 +123,16 @@ class GlobalConsistencyLoss(nn.Module):
 
     def forward(self, vectors: Tensor, target: Tensor) -> Tensor:
         vectors, target = self._checked(vectors, target)
-        means, present = self._class_means(vectors, target)
+        classes, place, means, present = self._class_means(vectors, target)
+        centres = _snapshot(self.centres.index_select(0, classes))
         # An absent class may have a centre that is not finite: it is left out before it is squared.
-        difference = torch.where(present, means - _snapshot(self.centres), 0)  # [Y, D]
+        difference = torch.where(present, means - centres, 0)  # [S, D]
         if self.preset == "paper":
-            distance = difference.square().sum(1)  # [Y]
+            distance = difference.square().sum(1)  # [S]
         else:
-            distance = torch.linalg.vector_norm(difference, dim=1)  # [Y]; its subgradient at 0 is 0
+            distance = torch.linalg.vector_norm(difference, dim=1)  # [S]; its subgradient at 0 is 0
         if self.training:
-            self._update(means, present)
+            self._update(classes, place, means.detach(), present)
         return distance.sum() / present.sum().clamp_min(1)
 
     def _checked(self, vectors: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,31 +154,49 @@ class GlobalConsistencyLoss(nn.Module):
                     )
         return vectors, target.long()
 
-    def _class_means(self, vectors: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """a_y of the batches of all ranks [Y, D], and which classes they hold [Y, 1]."""
-        classes, dim = self.centres.shape
+    def _class_means(self, vectors: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The mean seed vector of every class in the batches of all ranks.
+
+        A table of S places, so that no shape depends on data: one for each image, in the order of classes,
+        where a class has its mean at the place of its first image; with several ranks one for each class.
+
+        Returns:
+            The class of each place and the place that has its mean, both [S]; means [S, D]; at which places
+            there is one [S, 1].
+        """
+        count, dim = self.centres.shape
         dtype = torch.promote_types(vectors.dtype, self.centres.dtype)
         dtype = torch.promote_types(dtype, torch.float32)
         sums = vectors.sum(1, dtype=dtype)  # [N, D]
         # Seeds are counted beside what they add up to, which makes one collective of two. A class out of
         # range counts NaN seeds for the class nearest to it, whose mean is then NaN: nothing out of bounds.
-        nearest = target.clamp(0, classes - 1)
-        count = torch.full_like(sums[:, :1], vectors.shape[1]).masked_fill((nearest != target)[:, None], nan)
-        own = sums.new_zeros(classes, dim + 1).index_add(0, nearest, torch.cat([sums, count], 1))
+        nearest = target.clamp(0, count - 1)
+        seeds = torch.full_like(sums[:, :1], vectors.shape[1]).masked_fill((nearest != target)[:, None], nan)
+        rows = torch.cat([sums, seeds], 1)  # [N, D + 1]
+        if _distributed.world_size(self.process_group) > 1:
+            classes = place = torch.arange(count, device=target.device)
+            joined = nearest
+        else:
+            classes, order = nearest.sort(stable=True)
+            joined = place = torch.searchsorted(classes, classes)
+            rows = rows[order]
+        own = rows.new_zeros(classes.shape[0], dim + 1).index_add(0, joined, rows)
         total = _distributed.all_reduce(own, self.process_group)
-        seeds = total[:, dim:].detach()  # [Y, 1]
-        return total[:, :dim] / seeds.clamp_min(1), seeds != 0
+        seeds = total[:, dim:].detach()  # [S, 1]
+        return classes, place, total[:, :dim] / seeds.clamp_min(1), seeds != 0
 
     @torch.no_grad()
-    def _update(self, means: Tensor, present: Tensor) -> None:
-        exponent = -self.decay * self.counters[:, None].to(means.dtype)  # [Y, 1]
+    def _update(self, classes: Tensor, place: Tensor, means: Tensor, present: Tensor) -> None:
+        centres, counters = self.centres[classes], self.counters[classes, None]
+        exponent = -self.decay * counters.to(means.dtype)  # [S, 1]
         # 1 - eta as expm1: eta is close to 1 for hundreds of steps, and the difference would lose digits.
-        moved = -exponent.expm1() * self.centres + exponent.exp() * means
+        moved = -exponent.expm1() * centres + exponent.exp() * means
         # The first visit overwrites whatever the centre is, also where 0 times it would be NaN.
-        moved = torch.where(self.counters[:, None] == 0, means, moved).to(self.centres.dtype)
+        moved = torch.where(counters == 0, means, moved).to(centres.dtype)
         moves = present & moved.isfinite().all(1, keepdim=True)
-        self.centres.copy_(torch.where(moves, moved, self.centres))
-        self.counters.add_(moves.squeeze(1))
+        # All places of a class write the same, that of its mean: the order of writing does not matter.
+        self.centres.index_copy_(0, classes, torch.where(moves, moved, centres)[place])
+        self.counters.index_copy_(0, classes, (counters + moves)[place, 0])
 
     def extra_repr(self) -> str:
         classes, dim = self.centres.shape
