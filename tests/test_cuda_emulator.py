@@ -4,7 +4,6 @@ The emulator stands in for a backend's launchers, so these tests go through the 
 autograd and the tensors that reach a kernel are those of a real call.
 """
 
-import importlib
 import itertools
 import os
 import re
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from cases import Case, as_double, as_plain, run
 from closeness import assert_as_close_as
 from cuda_emulator import emulation
-from cuda_emulator.emulation import Emulator
+from cuda_emulator.emulation import Emulator, sampled
 
 from camkernels import _backend, fused_cam, fused_cam_erase, fused_cam_transform_mse, reference
 from camkernels.transforms import (
@@ -32,30 +31,14 @@ from camkernels.transforms import (
     VerticalFlip,
 )
 
+pytest_plugins = ["cuda_emulator.fixtures"]
+
 CLUSTERS = (1, 2, 4, 8)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 THRESHOLD = 0.7
 # Against 2 for PyTorch's own order of operations: the map is rounded once more, when it is normalised, before
 # the gradient is made from it.
 MARGIN = 3.0
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory):
-    if emulation.compiler() is None:
-        pytest.skip("no C++ compiler is installed")
-    given = os.environ.get(emulation.SANITIZE)
-    return Path(given) if given else emulation.build(tmp_path_factory.mktemp("emulator"), sanitize=False)
-
-
-@pytest.fixture
-def emulator(library, monkeypatch):
-    """The emulated CUDA kernels, in the place of the Triton backend's launchers."""
-    kernels = Emulator.load(library)
-    monkeypatch.setitem(sys.modules, "camkernels.triton", kernels)
-    monkeypatch.setattr(_backend, "why_not", lambda *_: None)
-    assert importlib.import_module("camkernels.triton") is kernels
-    return kernels
 
 
 def assert_matches(ours, theirs, inputs, names, margin=MARGIN):
@@ -81,11 +64,6 @@ def cam_matches(inputs, target, **options):
 
     names = ("cam", "grad_features", "grad_weight", "grad_bias")
     return assert_matches(ours, theirs, inputs, names[: 1 + len(inputs)])
-
-
-def sampled(cases, step):
-    """All cases; under the sanitizers, several times slower, a part of them."""
-    return list(cases)[:: step if emulation.SANITIZE in os.environ else 1]
 
 
 def rotated(cases):

@@ -34,22 +34,41 @@ inline constexpr int kGroupThreads = 256;
 inline constexpr int kColumns = 4096;    // of a gradient in shared memory; longer ones come in turns
 inline constexpr int kNeighbours = 256;  // distances in shared memory; larger groups come in turns
 
-// Seed `seed` of the image at `place`: [D]
-template <typename T>
-__device__ __forceinline__ const T* vector_at(const VectorGroups& groups, int64_t place, int seed) {
-  return static_cast<const T*>(groups.vectors) +
-         (groups.order[place] * groups.num_seeds + seed) * groups.depth;
+// Where seed `seed` of the image at `place` begins: [D]
+__device__ __forceinline__ int64_t vector_offset(const VectorGroups& groups, int64_t place, int seed) {
+  return (groups.order[place] * groups.num_seeds + seed) * groups.depth;
 }
 
 template <typename T>
-__device__ float group_mean(const VectorGroups& groups, int64_t begin, int64_t end, int seed, int column) {
-  float sum = 0.0f;
-#pragma unroll 4
-  for (int64_t place = begin; place < end; ++place) {
-    sum += to_float(vector_at<T>(groups, place, seed)[column]);
-  }
-  return sum / static_cast<float>(end - begin);
+__device__ __forceinline__ const T* vector_at(const VectorGroups& groups, int64_t place, int seed) {
+  return static_cast<const T*>(groups.vectors) + vector_offset(groups, place, seed);
 }
+
+// One column of a group's vectors, counted from that of the first of them: the differences of neighbours are
+// exact where the vectors themselves, far from 0, would be rounded in their sum.
+template <typename T>
+struct Column {
+  const VectorGroups& groups;
+  int64_t begin;
+  int64_t end;
+  int seed;
+  int column;
+  float first;
+
+  __device__ Column(const VectorGroups& all, int64_t from, int64_t to, int k, int d)
+      : groups(all), begin(from), end(to), seed(k), column(d), first(0.0f) {
+    first = value(begin);
+  }
+  __device__ float value(int64_t place) const {
+    return to_float(vector_at<T>(groups, place, seed)[column]) - first;
+  }
+  __device__ float mean() const {
+    float sum = 0.0f;
+#pragma unroll 4
+    for (int64_t place = begin; place < end; ++place) sum += value(place);
+    return sum / static_cast<float>(end - begin);
+  }
+};
 
 // In every lane of a warp, in an order that is always the same.
 template <typename T>
@@ -89,10 +108,11 @@ __global__ void __launch_bounds__(kGroupThreads)
   } else if (place == begin && end - begin > 1) {
 #pragma unroll 1
     for (int d = threadIdx.x; d < groups.depth; d += blockDim.x) {
-      const float mean = group_mean<T>(groups, begin, end, seed, d);
+      const Column<T> column(groups, begin, end, seed, d);
+      const float mean = column.mean();
 #pragma unroll 4
       for (int64_t other = begin; other < end; ++other) {
-        const float deviation = to_float(vector_at<T>(groups, other, seed)[d]) - mean;
+        const float deviation = column.value(other) - mean;
         sum = fmaf(deviation, deviation, sum);
       }
     }
@@ -115,20 +135,20 @@ __global__ void __launch_bounds__(kGroupThreads)
   const VectorGroups& groups = call.groups;
   const int threads = blockDim.x;
   const int chunks = (groups.depth + threads - 1) / threads;
-  const int column = static_cast<int>(blockIdx.x % chunks) * threads + static_cast<int>(threadIdx.x);
+  const int d = static_cast<int>(blockIdx.x % chunks) * threads + static_cast<int>(threadIdx.x);
   const int seed = static_cast<int>(blockIdx.x / chunks % groups.num_seeds);
   const int64_t place = blockIdx.x / chunks / groups.num_seeds;
   const int64_t begin = groups.begin[place];
   const int64_t end = groups.end[place];
-  if (place != begin || column >= groups.depth) return;
+  if (place != begin || d >= groups.depth) return;
   const bool alone = end - begin == 1;  // it may hold inf or NaN
   const float slope = 2.0f * *call.scale * static_cast<float>(end - begin);
-  const float mean = alone ? 0.0f : group_mean<T>(groups, begin, end, seed, column);
+  const Column<T> column(groups, begin, end, seed, d);
+  const float mean = column.mean();
 #pragma unroll 4
   for (int64_t other = begin; other < end; ++other) {
-    const T* from = vector_at<T>(groups, other, seed);
-    T* to = static_cast<T*>(call.grad_vectors) + (from - static_cast<const T*>(groups.vectors));
-    to[column] = from_float<T>(alone ? 0.0f : slope * (to_float(from[column]) - mean));
+    T* to = static_cast<T*>(call.grad_vectors) + vector_offset(groups, other, seed);
+    to[d] = from_float<T>(alone ? 0.0f : slope * (column.value(other) - mean));
   }
 }
 
@@ -157,7 +177,7 @@ __global__ void __launch_bounds__(kGroupThreads)
   const int64_t end = groups.end[place];
   const int warps = blockDim.x / kWarp;
   const T* own = vector_at<T>(groups, place, seed);
-  T* grads = static_cast<T*>(call.grad_vectors) + (own - static_cast<const T*>(groups.vectors));
+  T* grads = static_cast<T*>(call.grad_vectors) + vector_offset(groups, place, seed);
   SharedMemory memory;
   const DistanceBuffers buffers = take_distance_buffers(memory, groups.depth);
 #pragma unroll 1

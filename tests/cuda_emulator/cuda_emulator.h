@@ -158,12 +158,10 @@ struct Thread {
   Fiber fiber;
   Block* block = nullptr;
   unsigned index = 0;
-  int64_t shared_at = 0;       // bytes of shared memory taken so far
-  uint64_t exchanged = 0;      // what this thread gives to a shuffle or a vote
-  std::vector<uint64_t> seen;  // what its warp gave, once all have arrived
+  int64_t shared_at = 0;   // bytes of shared memory taken so far
+  uint64_t exchanged = 0;  // what this thread gives to a shuffle or a vote
   bool arrived_at_cluster = false;
   bool owes_wait = false;  // has arrived at a cluster barrier and not waited there yet
-  const Meeting* waits_in = nullptr;
   bool finished = false;
   Site site;
 };
@@ -172,6 +170,9 @@ struct Thread {
 struct Meeting {
   std::vector<Thread*> members;
   size_t arrived = 0;
+  Thread* first = nullptr;      // of those that have arrived
+  Thread* gone = nullptr;       // a member that has left the kernel
+  std::vector<uint64_t> given;  // a warp's: what its lanes gave to the last shuffle or vote
 };
 
 struct Piece {
@@ -232,18 +233,16 @@ class Machine {
   void meet(Meeting& meeting, const Site& site) {
     Thread& self = thread();
     self.site = site;
-    for (Thread* member : meeting.members) {
-      if (member->finished) fail("a thread has already left the kernel", self, *member);
-      if (member->waits_in == &meeting && !(member->site == site)) fail("threads diverge", self, *member);
-    }
+    if (meeting.gone != nullptr) fail("a thread has already left the kernel", self, *meeting.gone);
+    if (meeting.arrived == 0) meeting.first = &self;
+    if (!(meeting.first->site == site)) fail("threads diverge", self, *meeting.first);
     if (++meeting.arrived == meeting.members.size()) {
       meeting.arrived = 0;
       for (Thread* member : meeting.members) {
-        if (member != &self) release(*member);
+        if (member != &self) ready_.push_back(member);
       }
       return;
     }
-    self.waits_in = &meeting;
     wait();
   }
 
@@ -253,13 +252,13 @@ class Machine {
     if (site.mask != 0xffffffffu) throw std::runtime_error(site.text() + ": only whole warps are emulated");
     Meeting& warp = block().warps[self.index / kWarpSize];
     self.exchanged = value;
+    // Nobody still reads what was given before: all lanes but this one have come here since.
     if (warp.arrived + 1 == warp.members.size()) {
-      std::vector<uint64_t> all;
-      for (Thread* member : warp.members) all.push_back(member->exchanged);
-      for (Thread* member : warp.members) member->seen = all;
+      warp.given.clear();
+      for (Thread* member : warp.members) warp.given.push_back(member->exchanged);
     }
     meet(warp, site);
-    return self.seen;
+    return warp.given;
   }
 
   void arrive_at_cluster() {
@@ -273,7 +272,7 @@ class Machine {
       for (Block& block : cluster_.blocks) {
         for (auto& member : block.threads) member->arrived_at_cluster = false;
       }
-      for (Thread* member : cluster_.waiting) release(*member);
+      ready_.insert(ready_.end(), cluster_.waiting.begin(), cluster_.waiting.end());
       cluster_.waiting.clear();
     }
   }
@@ -324,8 +323,7 @@ class Machine {
     if (!other.started) {
       throw std::runtime_error("a block reads shared memory of a block that has not started");
     }
-    if (std::any_of(other.threads.begin(), other.threads.end(),
-                    [](auto& thread) { return thread->finished; })) {
+    if (other.meeting.gone != nullptr) {
       throw std::runtime_error("a block reads shared memory of a block that has left the kernel");
     }
     // While this block's threads run, the others' copies are all put away.
@@ -397,7 +395,10 @@ class Machine {
     } catch (...) {
       machine.error_ = std::current_exception();
     }
-    machine.running_->finished = true;
+    Thread& self = *machine.running_;
+    self.finished = true;
+    self.block->meeting.gone = &self;
+    self.block->warps[self.index / kWarpSize].gone = &self;
     machine.running_->fiber.finish(machine.scheduler_);
   }
 
@@ -410,11 +411,6 @@ class Machine {
   }
 
   void wait() { thread().fiber.switch_to(scheduler_); }
-
-  void release(Thread& thread) {
-    thread.waits_in = nullptr;
-    ready_.push_back(&thread);
-  }
 
   static std::string name(const Thread& thread) {
     return std::to_string(thread.index) + " of block " + std::to_string(thread.block->index);

@@ -4,15 +4,16 @@ import ctypes
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+_T = TypeVar("_T")
 FOLDER = Path(__file__).parent
 SANITIZE = "CAMKERNELS_EMULATOR_SANITIZE"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int32, torch.int64)
@@ -37,6 +38,11 @@ _F32, _F64, _Bool = ctypes.c_float, ctypes.c_double, ctypes.c_bool
 
 def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
+
+
+def sampled(cases: Iterable[_T], step: int) -> list[_T]:
+    """All cases; under the sanitizers, several times slower, a part of them."""
+    return list(cases)[:: step if SANITIZE in os.environ else 1]
 
 
 def build(folder: Path, sanitize: bool) -> Path:

@@ -1,0 +1,363 @@
+"""cam_seeds and stochastic_consistency as CUDA kernels, run without a GPU (see test_cuda_emulator.py)."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import Case, as_double, as_plain, lay_out, run
+from closeness import assert_as_close_as
+from cuda_emulator.emulation import sampled
+
+from camkernels import fused_cam, fused_cam_seeds, reference, stochastic_consistency
+from camkernels._backend import use_backend
+
+pytest_plugins = ["cuda_emulator.fixtures"]
+
+CLUSTERS = (1, 2, 4, 8)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LAYOUTS = ("contiguous", "channels_last", "offset")
+MARGIN = 3.0  # as in test_cuda_emulator.py
+
+
+def keys(images, pixels, seed=0, levels=None):
+    """Noise; of few levels, so that there are ties."""
+    noise = torch.rand(images, pixels, generator=torch.Generator().manual_seed(seed))
+    return noise if levels is None else (noise * levels).floor() / levels
+
+
+def sampling_of(noise):
+    return {"sampling": "first"} if noise is None else {"noise": noise}
+
+
+def planted(candidates, pixels, images=2, channels=3, dtype=torch.float32):
+    """Features whose maps have so many candidates, at places of their own in each image, and weights."""
+    draw = torch.Generator().manual_seed(candidates)
+    features = torch.randint(-8, 9, (images, channels, pixels), generator=draw).to(dtype)
+    features[:, 0] = 0
+    for image in range(images):
+        features[image, 0, torch.randperm(pixels, generator=draw)[:candidates]] = 1
+    weight = torch.zeros(2, channels, dtype=dtype)
+    weight[:, 0] = 1
+    return features, weight
+
+
+SEEDS = [
+    Case(dtype=dtype, layout=layout, shape=shape, maps="ties", channels=channels, images=2)
+    for dtype, layout, (shape, channels) in itertools.product(
+        DTYPES, LAYOUTS, (((7, 7), 64), ((14, 14), 40), ((5, 9), 33), ((1, 1), 16), ((1, 23), 8))
+    )
+]
+
+
+@pytest.mark.parametrize(
+    "number, case",
+    [
+        pytest.param(number, case, id=f"{number}-{case}")
+        for number, case in sampled(enumerate(SEEDS), 4)  # a step that meets each value of each factor
+    ],
+)
+def test_seeds(emulator, number, case):
+    """Integers in the features: maps are the same to the bit, and so must be the seeds."""
+    depth = (None, 33, 64, 70)[number % 4]
+    pixels = math.prod(case.shape)
+    num_seeds = (1, 3, 20, 150)[number // 2 % 4]
+    noise = None if number % 5 == 4 else keys(2, pixels, number, levels=(None, 8)[number % 2])
+    threshold = (0.35, 0.7)[number // 3 % 2]
+    target = case.target(dtype=(torch.int64, torch.int32)[number % 2])
+    inputs = [case.features(), case.weight()]
+    if depth is not None:
+        other = replace(
+            case,
+            channels=depth,
+            maps="signed",
+            dtype=DTYPES[(number // 4 + DTYPES.index(case.dtype)) % 3],
+            layout=LAYOUTS[number // 3 % 3],
+        )
+        inputs.append(other.features())
+
+    def seeds(function):
+        def call(features, weight, seed_features=None):
+            return function(
+                features,
+                weight,
+                target,
+                num_seeds,
+                seed_features=seed_features,
+                threshold=threshold,
+                **sampling_of(noise),
+            )
+
+        return call
+
+    with emulator.on(cluster=CLUSTERS[number % 4], seed=number, threads=(64, 128)[number // 4 % 2]):
+        found = run("triton", seeds(fused_cam_seeds), inputs)
+    assert emulator.launches["cam_seeds_fwd"] == emulator.launches["cam_seeds_bwd"] == 1
+    plain = run("reference", seeds(reference.cam_seeds), as_plain(inputs))
+    truth = run("reference", seeds(reference.cam_seeds), as_double(inputs))
+    for name, ours, theirs in zip(
+        ("vectors", "indices", "count"), found.values[:3], plain.values[:3], strict=True
+    ):
+        assert torch.equal(ours, theirs), name
+    assert_as_close_as(found.values[3], plain.values[3], truth.values[3], MARGIN, "cam")
+    names = ("grad_features", "grad_weight", "grad_seed_features")
+    for name, mine, other, exact in zip(names, found.grads, plain.grads, truth.grads, strict=False):
+        assert_as_close_as(mine, other, exact, MARGIN, name)
+
+
+@pytest.mark.parametrize("noisy", [True, False], ids=["random", "first"])
+@pytest.mark.parametrize("candidates", [1, 2, 6, 7, 8, 40, 62])
+def test_fewer_and_more_candidates_than_seeds(emulator, candidates, noisy):
+    features, weight = planted(candidates, 63)
+    noise = keys(2, 63, candidates, levels=16) if noisy else None
+    arguments = features.view(2, 3, 7, 9), weight, torch.tensor([0, 1]), 7
+    truth = reference.cam_seeds(*arguments, **sampling_of(noise))
+    assert truth[2].tolist() == [candidates] * 2
+    with emulator.on(cluster=CLUSTERS[candidates % 4], seed=candidates), use_backend("triton"):
+        found = fused_cam_seeds(*arguments, **sampling_of(noise))
+    for ours, theirs in zip(found, truth, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("shared_limit", [227 << 10, 20 << 10], ids=["shared", "scratch"])
+@pytest.mark.parametrize("num_seeds", [2, 19, 45])
+def test_noise_of_any_value(emulator, num_seeds, shared_limit):
+    """Keys order as torch.sort does, and whatever they are, nothing is read or written elsewhere."""
+    features, weight = planted(40, 1200, images=1)
+    nasty = [math.nan, -math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-45, -1e-45, -3.0, 0.5, 1e30]
+    draw = torch.Generator().manual_seed(num_seeds)
+    noise = torch.tensor(nasty)[torch.randint(len(nasty), (1, 1200), generator=draw)]
+    candidates = features[0, 0].nonzero().flatten().tolist()
+    order = sorted(
+        candidates, key=lambda p: (0, 0, p) if noise[0, p].isnan() else (1, -noise[0, p].item(), p)
+    )
+    with emulator.on(cluster=2, seed=num_seeds, shared_limit=shared_limit), use_backend("triton"):
+        found = fused_cam_seeds(
+            features.view(1, 3, 30, 40), weight, torch.tensor([0]), num_seeds, noise=noise
+        )
+    assert found.indices[0].tolist() == (order + order)[:num_seeds]
+    assert found.count.tolist() == [40]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("noisy", [True, False], ids=["random", "first"])
+def test_maps_without_a_candidate(emulator, layout, noisy):
+    """A constant map, one that holds a NaN and ones of classes that do not exist: the first pixel."""
+    features = torch.randn(5, 16, 6, 7, generator=torch.Generator().manual_seed(0))
+    features[1] = 2.0
+    features[2, 3, 4, 5] = torch.nan
+    features = lay_out(features, layout)
+    weight = torch.rand(3, 16, generator=torch.Generator().manual_seed(1))
+    target = torch.tensor([[0], [1], [2], [3], [-1]])
+    noise = keys(5, 42) if noisy else None
+    with emulator.on(cluster=4):
+        vectors, indices, count, cam, *_ = torch.ops.camkernels.cam_seeds_fwd(
+            features, weight, target, features, noise, 5, 0.7, 1e-8, "triton"
+        )
+    assert count.ne(0).tolist() == [True, False, False, False, False]
+    assert not indices[1:].any()
+    assert torch.equal(vectors[1:], features[1:, :, 0, 0][:, None].expand(-1, 5, -1))
+    assert torch.equal(cam.isnan().flatten(1).all(1), torch.tensor([False, False, True, True, True]))
+    assert not cam[1].any()
+    noise = None if noise is None else noise[:3]
+    truth = reference.cam_seeds(features[:3], weight, target[:3, 0], 5, **sampling_of(noise))
+    assert torch.equal(indices[:3], truth[1])
+
+
+@pytest.mark.parametrize("noisy", [True, False], ids=["random", "first"])
+@pytest.mark.parametrize("dtype, cluster", [(torch.float32, 8), (torch.float16, 1)], ids=str)
+def test_large_maps_and_many_seeds_in_one_launch(emulator, dtype, cluster, noisy):
+    """What sm_80 must take at once: it gives a block the least shared memory."""
+    case = Case(dtype=dtype, shape=(64, 64), channels=8, maps="ties", images=1)
+    noise = keys(1, 4096, levels=1000) if noisy else None
+    arguments = case.features(), case.weight(), case.target(), 1024
+    truth = reference.cam_seeds(*arguments, threshold=0.25, **sampling_of(noise))
+    assert truth[2].item() > 1024
+    with emulator.on(cluster=cluster, threads=512, shared_limit=163 << 10), use_backend("triton"):
+        found = fused_cam_seeds(*arguments, threshold=0.25, **sampling_of(noise))
+    assert emulator.launches["cam_seeds_fwd"] == 1
+    for ours, theirs in zip(found[:3], truth[:3], strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "dtype, num_seeds, noisy",
+    [(DTYPES[0], 3, True), (DTYPES[1], 1400, True), (DTYPES[2], 50, False)],
+    ids=str,
+)
+def test_maps_too_large_for_shared_memory(emulator, dtype, num_seeds, noisy, layout):
+    case = Case(dtype=dtype, shape=(33, 40), channels=16, maps="ties", images=3, layout=layout)
+    noise = keys(3, 1320, levels=100) if noisy else None
+    arguments = case.features(), case.weight(), case.target(), num_seeds
+    truth = reference.cam_seeds(*arguments, threshold=0.25, **sampling_of(noise))
+    with emulator.on(cluster=4, shared_limit=20 << 10), use_backend("triton"):
+        with pytest.raises(RuntimeError, match="bytes of shared memory"):
+            fused_cam(*arguments[:3])
+        found = fused_cam_seeds(*arguments, threshold=0.25, **sampling_of(noise))
+    for ours, theirs in zip(found, truth, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+GATHERED = list(itertools.product(DTYPES, LAYOUTS, (5, 64, 200), (3, 130), (True, False)))
+
+
+@pytest.mark.parametrize("dtype, layout, depth, num_seeds, vectors", sampled(GATHERED, 5), ids=str)
+def test_vectors_are_copied_bit_by_bit(emulator, dtype, layout, depth, num_seeds, vectors):
+    """Any pattern of bits, also that of a NaN."""
+    features, weight = planted(20, 35)
+    whole = torch.int32 if dtype == torch.float32 else torch.int16
+    limits = torch.iinfo(whole)
+    draw = torch.Generator().manual_seed(depth)
+    bits = torch.randint(limits.min, limits.max, (2, depth, 5, 7), dtype=whole, generator=draw)
+    seed_features = lay_out(bits.float(), layout).to(whole) if layout == "channels_last" else bits
+    if layout == "offset":
+        seed_features = torch.cat([bits.new_zeros(1), bits.flatten()])[1:].view(bits.shape)
+    seed_features = seed_features.copy_(bits).view(dtype)
+    noise = keys(2, 35, num_seeds)
+    for cluster in (1, 4):
+        with emulator.on(cluster=cluster, vectors=vectors, seed=cluster), use_backend("triton"):
+            found = fused_cam_seeds(
+                features.view(2, 3, 5, 7),
+                weight,
+                torch.tensor([0, 1]),
+                num_seeds,
+                seed_features=seed_features,
+                noise=noise,
+            )
+        wanted = bits.flatten(2).mT.take_along_dim(found.indices[..., None], 1)
+        assert torch.equal(found.vectors.view(whole), wanted)
+
+
+SCATTERED = list(
+    itertools.product(
+        DTYPES,
+        ("contiguous", "channels_last", "offset"),
+        ((7, 7), (17, 40), (1, 1)),  # the second is more than a block takes
+        ((33, 7), (64, 300), (5, 130)),  # depth and seeds; 128 are staged together
+        (False, True),
+    )
+)
+
+
+@pytest.mark.parametrize("dtype, layout, shape, sizes, add", sampled(SCATTERED, 7), ids=str)
+def test_gradient_of_vectors(emulator, dtype, layout, shape, sizes, add):
+    """To the bit: added up in float32 in the order of seeds, rounded once; no other pixel is touched."""
+    (depth, num_seeds), pixels = sizes, math.prod(shape)
+    draw = torch.Generator().manual_seed(num_seeds)
+    indices = torch.randint(pixels, (2, num_seeds), generator=draw)
+    indices[1, num_seeds // 2 :] = indices[1, 0]  # many seeds at one pixel
+    grads = torch.randn(2, num_seeds, depth, generator=draw).to(dtype)
+    sums = torch.zeros(2, pixels, depth)
+    for image, k in itertools.product(range(2), range(num_seeds)):
+        sums[image, indices[image, k]] += grads[image, k].float()
+    before = torch.randn(2, depth, pixels, generator=draw).to(dtype)
+    wanted = sums.mT
+    if add:
+        hit = torch.zeros(2, 1, pixels, dtype=torch.bool).scatter_(2, indices[:, None], True)
+        wanted = torch.where(hit, before.float() + wanted, before.float())
+    buffer = lay_out(before.view(2, depth, *shape), layout)
+    with emulator.on(seed=num_seeds, threads=(64, 512)[add]):
+        torch.ops.camkernels.cam_seeds_bwd(buffer, grads, indices, add, "triton")
+    assert emulator.launches["cam_seeds_bwd"] == 1
+    assert torch.equal(buffer.flatten(2), wanted.to(dtype))
+
+
+@pytest.mark.parametrize("add", [False, True])
+def test_adding_touches_pixels_of_seeds_only(emulator, add):
+    """Also an index that is no pixel writes nothing."""
+    indices = torch.tensor([[4, -1, 9, 2**40, 4, -(2**33) + 5]])
+    buffer = torch.full((1, 2, 3, 3), torch.nan)
+    buffer[..., 1, 1] = 1.0
+    torch.ops.camkernels.cam_seeds_bwd(buffer, torch.ones(1, 6, 2), indices, add, "triton")
+    assert torch.equal(buffer[..., 1, 1], torch.full((1, 2), 3.0 if add else 2.0))
+    others = buffer.flatten(2)[..., [0, 1, 2, 3, 5, 6, 7, 8]]
+    assert others.isnan().all() if add else not others.any()
+
+
+def test_the_order_of_threads_changes_no_seed(emulator):
+    case = Case(shape=(9, 11), channels=24, images=2)
+    noise, target = keys(2, 99, levels=10), case.target()
+    vectors = torch.randn(2, 5, 30, generator=torch.Generator().manual_seed(2))
+    results = []
+    for seed in range(6):
+        with emulator.on(seed=seed, cluster=4, threads=128):
+            found = run(
+                "triton",
+                lambda f, w: fused_cam_seeds(f, w, target, 30, noise=noise, threshold=0.3),
+                [case.features(), case.weight()],
+            )
+            losses = [
+                run("triton", stochastic_consistency, [vectors], torch.tensor([1, 1]), squared=squared)
+                for squared in (True, False)
+            ]
+        results.append(found.values + found.grads + [x for loss in losses for x in loss.values + loss.grads])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+CONSISTENCY = list(
+    itertools.product(
+        DTYPES,
+        (True, False),
+        ("all", "adjacent"),
+        ((9, 3, 40, 3), (12, 2, 300, 4), (7, 1, 33, 1), (4, 2, 64, 50), (2, 5, 1, 1)),
+    )
+)
+
+
+@pytest.mark.parametrize("dtype, squared, pairs, sizes", sampled(CONSISTENCY, 3), ids=str)
+def test_consistency(emulator, dtype, squared, pairs, sizes):
+    images, num_seeds, depth, classes = sizes
+    draw = torch.Generator().manual_seed(depth)
+    vectors = torch.randn(images, num_seeds, depth, generator=draw)
+    vectors += 20.0  # a difference of large sums would be far off
+    vectors[-1] = vectors[0]  # at distance 0
+    target = torch.randint(classes, (images,), generator=draw)
+    target[-1] = target[0]
+
+    def loss(function):
+        return lambda v: function(v, target, pairs=pairs, squared=squared)
+
+    inputs = [vectors.to(dtype)]
+    with emulator.on(seed=depth, threads=(64, 512)[squared]):
+        found = run("triton", loss(stochastic_consistency), inputs)
+    plain = run("reference", loss(reference.stochastic_consistency), as_plain(inputs))
+    truth = run("reference", loss(reference.stochastic_consistency), as_double(inputs))
+    sides = (side.values + side.grads for side in (found, plain, truth))
+    for name, mine, other, exact in zip(("loss", "grad_vectors"), *sides, strict=True):
+        assert_as_close_as(mine, other, exact, 4.0, name)
+    assert emulator.launches["stochastic_consistency_fwd"] == 1
+    assert emulator.launches["stochastic_consistency_bwd"] == 1
+
+
+@pytest.mark.parametrize("squared", [True, False], ids=["squared", "plain"])
+@pytest.mark.parametrize("images, depth", [(3, 4200), (270, 2)], ids=["long vectors", "large group"])
+def test_consistency_in_turns(emulator, images, depth, squared):
+    """More columns, and more of a group, than shared memory holds at a time."""
+    vectors = torch.randn(images, 1, depth, generator=torch.Generator().manual_seed(0))
+    target = torch.zeros(images, dtype=torch.int64)
+    found = run("triton", stochastic_consistency, [vectors], target, squared=squared)
+    plain = run("reference", reference.stochastic_consistency, [vectors], target, squared=squared)
+    truth = run("reference", reference.stochastic_consistency, [vectors.double()], target, squared=squared)
+    sides = (side.values + side.grads for side in (found, plain, truth))
+    for name, mine, other, exact in zip(("loss", "grad_vectors"), *sides, strict=True):
+        assert_as_close_as(mine, other, exact, 4.0, name)
+
+
+@pytest.mark.parametrize("squared", [True, False], ids=["squared", "plain"])
+def test_an_image_without_a_pair_counts_nothing(emulator, squared):
+    """Whatever it holds; its gradient is exactly 0."""
+    vectors = torch.randn(5, 2, 40, generator=torch.Generator().manual_seed(0))
+    target = torch.tensor([3, 1, 3, 2, 3])
+    clean = run("triton", stochastic_consistency, [vectors], target, squared=squared)
+    vectors[1] = torch.nan
+    vectors[3, :, ::2] = torch.inf
+    found = run("triton", stochastic_consistency, [vectors], target, squared=squared)
+    assert torch.equal(found.values[0], clean.values[0])
+    assert torch.equal(found.grads[0], clean.grads[0])
+    assert not found.grads[0][[1, 3]].any()
+    alone = run("triton", stochastic_consistency, [vectors[1:2]], target[1:2], squared=squared)
+    assert alone.values[0] == 0
+    assert not alone.grads[0].any()
