@@ -39,18 +39,21 @@ class Style:
     digit_size: tuple[int, int] = (20, 32)
     fragments: tuple[int, int] = (1, 3)  # pieces of digits of other classes
     mirrored: bool = False  # every other digit
+    chalk: bool = False  # light ink on a dark photograph, else lighter or darker than what lies below
+    size: int = SIZE  # of the image
 
 
 SCATTERED = Style(instances=(3, 5))
 SEVERAL_CLASSES = Style(instances=(1, 2), mirrored=True)
-ONE_OBJECT = Style(instances=(1, 1), digit_size=(40, 60), fragments=(2, 4))
+ONE_OBJECT = Style(instances=(1, 1), digit_size=(28, 44), fragments=(2, 4), chalk=True)
+ALONE = Style(instances=(1, 1), digit_size=(28, 44), fragments=(0, 0), chalk=True, size=56)
 
 
 @dataclass(frozen=True)
 class Scenes:
     """Labelled images; what follows ``classes`` only where the scenes were composed here."""
 
-    images: Tensor  # [N, 3, SIZE, SIZE] uint8
+    images: Tensor  # [N, 3, S, S] uint8
     labels: Tensor  # int64: [N] class indices, or [N, L] of 0 and 1
     classes: tuple[str, ...]
     boxes: tuple[tuple[Box, ...], ...] | None = None
@@ -59,8 +62,8 @@ class Scenes:
 
 
 class Scene(NamedTuple):
-    image: NDArray[np.uint8]  # [SIZE, SIZE, 3]
-    ink: NDArray[np.float32]  # [SIZE, SIZE], opacity of the instances, 0 where there is none
+    image: NDArray[np.uint8]  # [S, S, 3]
+    ink: NDArray[np.float32]  # [S, S], opacity of the instances, 0 where there is none
     boxes: tuple[Box, ...]
 
 
@@ -78,6 +81,12 @@ def object_scenes(train: int, held_out: int, test: int, seed: int) -> tuple[Scen
     """
     one, two, three = _single_label_scenes((train, held_out, test), ONE_OBJECT, seed)
     return one, two, three
+
+
+def object_pictures(count: int, seed: int) -> Scenes:
+    """Small pictures, each filled by one digit alone, of the digits and photographs of the training scenes of
+    ``object_scenes`` with that seed."""
+    return _single_label_scenes((count, 0, 0), ALONE, seed)[0]
 
 
 def multi_label_scenes(train: int, test: int, seed: int) -> tuple[Scenes, Scenes]:
@@ -175,15 +184,17 @@ def _compose(
         chosen = np.concatenate(instances)
         other = allowed[np.isin(labels[allowed], classes[~row])]
         fragments = rng.choice(other, rng.integers(*style.fragments, endpoint=True), replace=False)
-        background = crop_background(photographs[int(rng.integers(len(photographs)))], rng)
+        background = crop_background(photographs[int(rng.integers(len(photographs)))], rng, style.size)
+        if style.chalk:
+            background //= 2
         digits = pixels[chosen]  # [K, 8, 8]
         if style.mirrored:
             turn = rng.random(len(digits)) < 0.5
             digits = np.where(turn[:, None, None], digits[..., ::-1], digits)
-        scenes.append(draw_scene(background, digits, pixels[fragments], rng, style.digit_size))
+        scenes.append(draw_scene(background, digits, pixels[fragments], rng, style))
         written.append(tuple(int(np.flatnonzero(classes == labels[i])[0]) for i in chosen))
         sources.append(tuple(int(i) for i in (*chosen, *fragments)))
-    images = np.stack([scene.image for scene in scenes]) if scenes else np.zeros((0, SIZE, SIZE, 3), np.uint8)
+    images = np.array([scene.image for scene in scenes], np.uint8).reshape(-1, style.size, style.size, 3)
     return Scenes(
         images=torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
         labels=torch.from_numpy(present.astype(np.int64)),
@@ -194,9 +205,9 @@ def _compose(
     )
 
 
-def crop_background(photograph: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """A square piece of the photograph, mirrored or not, lighter or darker: [SIZE, SIZE, 3]."""
-    side = rng.integers(SIZE, 2 * SIZE, endpoint=True)
+def crop_background(photograph: NDArray[np.uint8], rng: np.random.Generator, size: int) -> NDArray[np.uint8]:
+    """A square piece of the photograph, mirrored or not, lighter or darker: [size, size, 3]."""
+    side = rng.integers(size, 2 * size, endpoint=True)
     side = min(side, *photograph.shape[:2])
     top = rng.integers(photograph.shape[0] - side, endpoint=True)
     left = rng.integers(photograph.shape[1] - side, endpoint=True)
@@ -204,7 +215,7 @@ def crop_background(photograph: NDArray[np.uint8], rng: np.random.Generator) -> 
     if rng.random() < 0.5:
         piece = piece[:, ::-1]
     resized = np.asarray(
-        Image.fromarray(np.ascontiguousarray(piece)).resize((SIZE, SIZE), Image.Resampling.BOX)
+        Image.fromarray(np.ascontiguousarray(piece)).resize((size, size), Image.Resampling.BOX)
     )
     scaled = rng.uniform(0.6, 1.0) * (resized - 127.5) + 127.5 + rng.uniform(-30, 30)
     return scaled.clip(0, 255).astype(np.uint8)
@@ -215,21 +226,22 @@ def draw_scene(
     instances: NDArray[np.float32],
     fragments: NDArray[np.float32],
     rng: np.random.Generator,
-    digit_size: tuple[int, int] = SCATTERED.digit_size,
+    style: Style = SCATTERED,
 ) -> Scene:
     """Write ``instances`` [K, 8, 8] apart from one another, over ``fragments`` [F, 8, 8] cut from digits."""
-    canvas = background.astype(np.float32)  # [SIZE, SIZE, 3]
+    canvas = background.astype(np.float32)  # [S, S, 3]
+    size = len(canvas)
     for digit in fragments:
-        piece = _cut(_shape(digit, digit_size, rng, scale=1.0), rng)
+        piece = _cut(_shape(digit, style.digit_size, rng, scale=1.0), rng)
         height, width = piece.shape
-        left, top = rng.integers(SIZE - width, endpoint=True), rng.integers(SIZE - height, endpoint=True)
-        _write(canvas, piece, left, top, rng)
-    ink = np.zeros((SIZE, SIZE), np.float32)
+        left, top = rng.integers(size - width, endpoint=True), rng.integers(size - height, endpoint=True)
+        _write(canvas, piece, left, top, style.chalk, rng)
+    ink = np.zeros((size, size), np.float32)
     boxes: list[Box] = []
     for digit in instances:
-        shape, left, top = _place(digit, digit_size, boxes, rng)
+        shape, left, top = _place(digit, style.digit_size, boxes, size, rng)
         height, width = shape.shape
-        _write(canvas, shape, left, top, rng)
+        _write(canvas, shape, left, top, style.chalk, rng)
         ink[top : top + height, left : left + width] += shape
         boxes.append((left, top, left + width, top + height))
     noisy = canvas + rng.normal(0, 4, canvas.shape)
@@ -258,7 +270,11 @@ def _cut(shape: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.flo
 
 
 def _place(
-    digit: NDArray[np.float32], digit_size: tuple[int, int], taken: Sequence[Box], rng: np.random.Generator
+    digit: NDArray[np.float32],
+    digit_size: tuple[int, int],
+    taken: Sequence[Box],
+    size: int,
+    rng: np.random.Generator,
 ) -> tuple[NDArray[np.float32], int, int]:
     """The digit's opacity, left and top, clear of the boxes already taken."""
     scale = 1.0
@@ -266,8 +282,8 @@ def _place(
         shape = _shape(digit, digit_size, rng, scale)
         height, width = shape.shape
         for _ in range(20):
-            left = int(rng.integers(SIZE - width, endpoint=True))
-            top = int(rng.integers(SIZE - height, endpoint=True))
+            left = int(rng.integers(size - width, endpoint=True))
+            top = int(rng.integers(size - height, endpoint=True))
             if all(
                 left + width <= x0 or left >= x1 or top + height <= y0 or top >= y1
                 for x0, y0, x1, y1 in taken
@@ -277,13 +293,18 @@ def _place(
 
 
 def _write(
-    canvas: NDArray[np.float32], shape: NDArray[np.float32], left: int, top: int, rng: np.random.Generator
+    canvas: NDArray[np.float32],
+    shape: NDArray[np.float32],
+    left: int,
+    top: int,
+    chalk: bool,
+    rng: np.random.Generator,
 ) -> None:
     """Blend a random colour into the canvas, at least somewhat lighter or darker than what lies below."""
     height, width = shape.shape
     below = canvas[top : top + height, left : left + width]  # a view: the canvas itself is written to
     brightness = below.mean()
-    lighter = brightness < 90 or (brightness < 165 and rng.random() < 0.5)
+    lighter = chalk or brightness < 90 or (brightness < 165 and rng.random() < 0.5)
     difference = rng.uniform(*CONTRAST) * (1 if lighter else -1)
     colour = brightness + difference + rng.uniform(-45, 45, 3)
     opacity = shape[..., None] * rng.uniform(0.7, 1.0)

@@ -2,7 +2,7 @@
 
 import argparse
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
@@ -66,9 +66,9 @@ class Experiment(ABC, Generic[E]):
     def methods(self, scenes: Scenes) -> dict[str, Method]:
         """The ways to train, for these training images."""
 
-    def pretraining(self, scenes: Scenes) -> Stage | None:
-        """What the start of all of them is trained on; None leaves it random."""
-        return None
+    def pretraining(self, scenes: Scenes) -> Sequence[Stage]:
+        """What the start of all of them is trained on, one after the other; nothing leaves it random."""
+        return ()
 
     def stage(self, method: Method, scenes: Scenes) -> Stage:
         """How one of the methods is trained."""

@@ -1,14 +1,14 @@
 """``--method i2c``: cross-entropy against inter-image communication, on scenes of one object, by its box."""
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from digit_scenes import SIZE, Scenes, object_scenes
+from digit_scenes import SIZE, Scenes, object_pictures, object_scenes
 from experiment import Evaluation, Experiment, Pairs, TimedOp
 from findings import paired, verdict
 from network import Network
@@ -24,7 +24,7 @@ from camkernels.losses import GlobalConsistencyLoss, StochasticConsistencyLoss
 from camkernels.metrics import box_iou, cam_boxes, choose_threshold, localization_errors
 
 LAST_WIDTH = 128
-PRETRAINING_EPOCHS = 5
+PICTURES = {"epochs": 4, "learning_rate": 0.05}
 PICTURE_IMAGES = 6
 
 
@@ -106,8 +106,9 @@ class I2cExperiment(Experiment[I2cEvaluation]):
     title = "I2C"
     defaults: ClassVar = {
         "train_scenes": 2000,
-        "epochs": 5,
-        "learning_rate": 0.02,
+        "epochs": 6,
+        "batch_size": 32,
+        "learning_rate": 0.03,
         "weight_decay": 5e-4,
         "output": Path("demo-i2c"),
     }
@@ -118,6 +119,8 @@ class I2cExperiment(Experiment[I2cEvaluation]):
     def add_options(parser: argparse.ArgumentParser) -> None:
         add = parser.add_argument
         add("--held-out-scenes", type=positive, default=300, help="to choose the threshold of boxes on")
+        add("--pictures", type=positive, default=3000, help="of single digits, which the start learns first")
+        add("--plain-epochs", type=positive, default=3, help="of cross-entropy alone before all methods")
         add("--seeds", type=positive, default=3, help="per image, K of the paper")
         add("--threshold", type=share, default=0.7, help="seeds have a normalised CAM above this")
         add("--stochastic", type=above_zero, default=0.008, help="weight of SC, lambda_1 of eq. 6")
@@ -149,10 +152,15 @@ class I2cExperiment(Experiment[I2cEvaluation]):
     def stage(self, method: Method, scenes: Scenes) -> Stage:
         return super().stage(method, scenes)._replace(batches=paired_batches)
 
-    def pretraining(self, scenes: Scenes) -> Stage:
-        """A few epochs of cross-entropy alone: early heatmaps are too poor to take seeds from."""
-        start = self.stage(Classification("CE, start of all"), scenes)
-        return start._replace(epochs=min(PRETRAINING_EPOCHS, self.options.epochs))
+    def pretraining(self, scenes: Scenes) -> Sequence[Stage]:
+        """Pictures of digits, as the paper's start knows ImageNet; then some epochs of cross-entropy alone on
+        the scenes, for early heatmaps are too poor to take seeds from."""
+        options = self.options
+        pictures = object_pictures(options.pictures, options.seed)
+        return [
+            Stage(Classification("digits alone (all)"), pictures, **PICTURES),
+            self.stage(Classification("CE (all)"), scenes)._replace(epochs=options.plain_epochs),
+        ]
 
     def evaluate(
         self, network: Network, method: Method, scenes: Scenes, standardise: Standardise

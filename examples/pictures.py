@@ -124,9 +124,9 @@ def save_boxes(path: Path, scenes: Scenes, rows: Sequence[BoxRow]) -> None:
             else:
                 _draw_heat(axes, image, row.heat[column])
             for box in scenes.boxes[column]:
-                _draw_box(axes, box, "#ff2020")
+                _draw_box(axes, box, "#ff3030", 2)
             if row is not None:
-                _draw_box(axes, row.boxes[column], "#20e020")
+                _draw_box(axes, row.boxes[column], "#30ff30", 2)
             if column == 0:
                 axes.set_ylabel("image" if row is None else row.title, fontsize=13)
     _save(figure, path)
@@ -147,10 +147,10 @@ def _draw_boxes(axes: Axes, scenes: Scenes, row: int, label: int | None = None) 
         _draw_box(axes, box, "white")
 
 
-def _draw_box(axes: Axes, box: Box, inner: str) -> None:
+def _draw_box(axes: Axes, box: Box, inner: str, inner_width: float = 1.2) -> None:
     left, top, right, bottom = box
     corner, size = (left - 0.5, top - 0.5), (right - left, bottom - top)
-    for colour, width in (("black", 2.6), (inner, 1.2)):  # seen on any background
+    for colour, width in (("black", inner_width + 1.4), (inner, inner_width)):  # seen on any background
         axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor=colour, linewidth=width))
 
 

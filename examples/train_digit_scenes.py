@@ -146,8 +146,8 @@ def compare(experiment: Experiment[Any], options: argparse.Namespace, console: C
             torch.manual_seed(options.seed + world().rank)  # what a method draws is the same for all methods
             return train(network, stage, standardise, options, advance)
 
-        if pretraining is not None:
-            run(start, pretraining)
+        for stage in pretraining:
+            run(start, stage)
         for name, stage in stages.items():
             networks[name] = copy.deepcopy(start)
             record = run(networks[name], stage)

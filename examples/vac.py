@@ -122,8 +122,8 @@ class VacExperiment(Experiment[VacEvaluation]):
             "vac_flip_scale": MultiLabel("VAC flip + scale", ratio, [FLIP, SCALE], factor),
         }
 
-    def pretraining(self, scenes: Scenes) -> Stage:
-        return Stage(CropClassification(), digit_crops(scenes, CROP), **PRETRAINING)
+    def pretraining(self, scenes: Scenes) -> Sequence[Stage]:
+        return [Stage(CropClassification(), digit_crops(scenes, CROP), **PRETRAINING)]
 
     @torch.no_grad()
     def evaluate(

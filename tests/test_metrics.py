@@ -164,6 +164,8 @@ def test_order_of_equal_logits_and_of_nan():
     assert localization_errors(boxes, logits, torch.tensor([4, 5]), truth) == (1, 0.5, 0)
     logits[0, 2] = float("nan")
     assert localization_errors(boxes, logits, torch.tensor([2, 0]), truth) == (0.5, 0.5, 0)
+    many = torch.zeros(2, 4000)  # enough of them for a sort that is not stable to show
+    assert localization_errors(boxes, many, torch.tensor([0, 4]), truth) == (0.5, 0, 0)
     few = torch.tensor([[0.0, 1, 2], [0, 1, 2]])
     assert localization_errors(boxes, few, torch.tensor([0, 2]), truth) == (0.5, 0, 0)
 
@@ -186,6 +188,9 @@ def test_threshold_weighs_all_images_and_resizes():
     maps = torch.stack([wide, wide, narrow])
     assert choose_threshold(maps, truth.expand(3, 4), (16, 16), thresholds=[0.2, 0.5]) == 0.5
     assert choose_threshold(maps[1:], truth.expand(2, 4), (16, 16), thresholds=[0.2, 0.6]) == 0.2
+    # More images than are looked at in one go: the last ones alone would choose otherwise.
+    both = torch.cat([wide.expand(300, 4, 4), narrow.expand(280, 4, 4)])
+    assert choose_threshold(both, truth.expand(580, 4), (16, 16), thresholds=[0.2, 0.5]) == 0.5
     several = torch.stack([torch.zeros_like(truth), truth], 1).expand(3, 2, 4)
     assert choose_threshold(maps, several, (16, 16), thresholds=[0.2, 0.5]) == 0.5
 
