@@ -569,30 +569,41 @@ def test_launches_that_no_gpu_takes(library, blocks, threads, cluster, shared, m
     assert message in error if message else error == ""
 
 
-def test_under_sanitizers(library, tmp_path):
-    """Memory errors and undefined behaviour in the kernels themselves, on a part of the cases."""
+@pytest.fixture(scope="session")
+def sanitized(tmp_path_factory):
+    """The environment of a process that loads the emulator with sanitizers in it."""
     if emulation.SANITIZE in os.environ:
         pytest.skip("this is the run under sanitizers")
     runtimes = emulation.sanitizer_runtimes()
     if not runtimes:
         pytest.skip("the C++ compiler has no address sanitizer")
-    environment = os.environ | {
-        emulation.SANITIZE: str(emulation.build(tmp_path, sanitize=True)),
+    return os.environ | {
+        emulation.SANITIZE: str(emulation.built(tmp_path_factory.getbasetemp(), sanitize=True)),
         "LD_PRELOAD": " ".join(runtimes),
         # Python and torch keep what they allocate until they end; and a CUDA driver, which torch would start,
         # wants addresses that the sanitizer keeps for itself.
         "ASAN_OPTIONS": "detect_leaks=0:protect_shadow_gap=0",
         "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",  # tensors are small: torch's threads would only wait for each other
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("name", ["test_cuda_emulator.py", "test_cuda_emulator_seeds.py"])
+def test_under_sanitizers(sanitized, name):
+    """Memory errors and undefined behaviour in the kernels themselves, on a part of the cases."""
+    file = str(Path(__file__).with_name(name))
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file]
+    result = subprocess.run(command, env=sanitized, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
-    # And they do work here: an access past the end of a shared array ends the process.
+
+
+def test_sanitizers_work(sanitized):
+    """An access past the end of a shared array ends the process."""
     folder = str(Path(__file__).parent)
     script = (
         f"import os, sys; sys.path.insert(0, {folder!r})\n"
         "from cuda_emulator.emulation import SANITIZE, Emulator\n"
         "Emulator.load(os.environ[SANITIZE]).reverse('beyond_the_end')\n"
     )
-    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", script], env=sanitized, capture_output=True, text=True)
     assert "heap-buffer-overflow" in result.stderr

@@ -32,7 +32,7 @@ struct StochasticConsistencyBwd {
 
 inline constexpr int kGroupThreads = 256;
 inline constexpr int kColumns = 4096;    // of a gradient in shared memory; longer ones come in turns
-inline constexpr int kNeighbours = 256;  // distances in shared memory; larger groups come in turns
+inline constexpr int kNeighbours = 128;  // distances in shared memory; larger groups come in turns
 
 // Where seed `seed` of the image at `place` begins: [D]
 __device__ __forceinline__ int64_t vector_offset(const VectorGroups& groups, int64_t place, int seed) {

@@ -1,6 +1,7 @@
 """Builds the emulator with the CUDA kernels in it, and calls it with tensors as a backend is called."""
 
 import ctypes
+import fcntl
 import os
 import shutil
 import subprocess
@@ -50,12 +51,27 @@ def build(folder: Path, sanitize: bool) -> Path:
     library = folder / ("emulator_sanitized.so" if sanitize else "emulator.so")
     found = compiler()
     assert found is not None
-    sanitizers = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-    mode = sanitizers if sanitize else ["-O2"]
+    # With more optimisation compiling takes longer by more than the tests then take less.
+    sanitizers = ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    mode = sanitizers if sanitize else ["-O1"]
     flags = ["-std=c++20", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     sources = [f"-I{FOLDER}", str(FOLDER / "driver.cpp"), "-o", str(library)]
     subprocess.run([found, *mode, *flags, "-DCAMKERNELS_EMULATOR", *sources], check=True)
     return library
+
+
+def built(folder: Path, sanitize: bool) -> Path:
+    """The library of this test run, whose temporary folder is given: of all of xdist's workers together."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    folder = folder / ("emulator_sanitized" if sanitize else "emulator")
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another worker may be building it
+        done = folder / "done"
+        if not done.exists():
+            done.write_text(str(build(folder, sanitize)))
+        return Path(done.read_text())
 
 
 def sanitizer_runtimes() -> list[str]:
