@@ -42,18 +42,6 @@ def seeds_and_their_consistency(features: torch.Tensor, weight: torch.Tensor, ta
                 ).backward()
 
 
-def seed_losses(features: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> None:
-    other = features.detach()[:, : features.shape[1] // 2].half().requires_grad_()
-    for num_seeds, seed_features in ((3, None), (150, other)):
-        vectors, _, _, cam = camkernels.fused_cam_seeds(
-            features, weight, target, num_seeds, seed_features=seed_features, threshold=0.3
-        )
-        (vectors.float().square().sum() + cam.float().square().sum()).backward()
-        for squared in (True, False):
-            leaf = vectors.detach().requires_grad_()
-            camkernels.stochastic_consistency(leaf, torch.zeros_like(target), squared=squared).backward()
-
-
 def main() -> None:
     draw = torch.Generator("cuda").manual_seed(0)
     layouts = (torch.contiguous_format, torch.channels_last)
@@ -74,7 +62,6 @@ def main() -> None:
                     features, weight, target, images, sharpness=sharpness
                 )
                 (erased.float().sum() + cam.float().square().sum()).backward()
-            seed_losses(features, weight, target)
             transform_losses(features, weight)
             transform_losses(features, weight.repeat(14, 1))
             seeds_and_their_consistency(features, weight, target)
