@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -14,6 +15,9 @@ DEVICE = "cuda" if GPU else "cpu"
 # Every backend that has kernels, with a device that it runs on here; on a CPU Triton is interpreted.
 KERNEL_BACKENDS = [("cpu", "cpu"), ("triton", DEVICE), *([("cuda", "cuda")] if GPU else [])]
 BACKENDS = [("reference", DEVICE), *KERNEL_BACKENDS]
+
+# Triton's interpreter computes in NumPy, which warns of inf - inf and the like.
+may_hold_infinities = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
 LAYOUTS = ("contiguous", "channels_last", "strided", "offset")
 MAPS = ("signed", "ties", "constant", "nan")

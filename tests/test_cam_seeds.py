@@ -14,6 +14,7 @@ from cases import (
     as_double,
     as_plain,
     lay_out,
+    may_hold_infinities,
     placed_matrix,
     run,
 )
@@ -186,7 +187,7 @@ KEYS = {
 
 @pytest.mark.parametrize("backend, device", BACKENDS)
 @pytest.mark.parametrize("keys", KEYS)
-@pytest.mark.parametrize("shape", [(7, 7), (1, 1), (5, 9), (9, 17)], ids=str)
+@pytest.mark.parametrize("shape", [(7, 7), (1, 1), (5, 15)], ids=str)
 def test_every_backend_chooses_the_same_seeds(backend, device, shape, keys):
     """Small integers have exact maps, so that all backends meet one list, bit for bit."""
     case = Case(device=device, shape=shape, maps="ties", channels=6)
@@ -269,9 +270,7 @@ def test_a_threshold_of_one_but_for_rounding_leaves_the_peak(backend, device):
 
 
 @pytest.mark.parametrize("backend, device", BACKENDS)
-@pytest.mark.filterwarnings(
-    "ignore:invalid value encountered:RuntimeWarning"
-)  # Triton's interpreter, in NumPy
+@may_hold_infinities
 @pytest.mark.parametrize(
     "place, value, seed", [(None, 0.0, 0), (7, math.nan, 0), (7, math.inf, 7), (7, -math.inf, 0)], ids=str
 )

@@ -8,7 +8,13 @@ from cases import BACKENDS, DEVICE, GPU, KERNEL_BACKENDS, Case, run
 from torch.library import opcheck
 
 import camkernels
-from camkernels import fused_cam, fused_cam_erase, fused_cam_transform_mse
+from camkernels import (
+    fused_cam,
+    fused_cam_erase,
+    fused_cam_seeds,
+    fused_cam_transform_mse,
+    stochastic_consistency,
+)
 from camkernels.transforms import Affine, HorizontalFlip, Rotate90, Scale, Translate
 
 
@@ -19,6 +25,22 @@ def erase_loss(features, weight, target, images, sharpness):
 
 def erase_inputs(case):
     return [x.requires_grad_() for x in (case.features(), case.weight(), case.pictures())]
+
+
+def seeds_loss(features, weight, target, noise, seed_features=None):
+    """Of vectors, map and the consistency of the vectors, all at once."""
+    found = fused_cam_seeds(features, weight, target, 4, seed_features=seed_features, noise=noise)
+    consistency = stochastic_consistency(found.vectors, target)
+    return found.vectors.square().mean() + found.cam.square().mean() + consistency
+
+
+def seeds_inputs(case, own=True):
+    """Features, weight and, where they are another tensor, seed_features; then target and noise."""
+    leaves = [case.features(), case.weight()]
+    if not own:
+        leaves.append(replace(case, channels=3, seed=1).features())
+    noise = torch.rand((case.images, case.shape[0] * case.shape[1]), generator=case.generator())
+    return [x.requires_grad_() for x in leaves], case.target(), noise.to(case.device)
 
 
 TRANSFORMS = {
@@ -104,6 +126,33 @@ def test_opcheck_of_cam_transform_mse(backend, device, kind):
     opcheck(torch.ops.camkernels.cam_transform_mse_bwd.default, backward)
 
 
+@pytest.mark.parametrize("backend, device", KERNEL_BACKENDS)
+@pytest.mark.parametrize("dtype, layout", [(torch.float32, "contiguous"), (torch.float16, "channels_last")])
+def test_opcheck_of_cam_seeds(backend, device, dtype, layout):
+    case = Case(device=device, channels=5, shape=(3, 4), dtype=dtype, layout=layout)
+    inputs, _, noise = seeds_inputs(case, own=False)
+    features, weight, seed_features = (x.detach() for x in inputs)
+    forward = (features, weight, case.target(1), seed_features)
+    for keys in (noise, None) if layout == "contiguous" else (noise,):
+        opcheck(torch.ops.camkernels.cam_seeds_fwd.default, (*forward, keys, 4, 0.7, 1e-8, backend))
+    grad_vectors = torch.rand((3, 4, 3), device=device).to(dtype)
+    indices = torch.tensor([[0, 3, 11, 3]] * 3, device=device)
+    for add in (False, True):
+        into = torch.ones_like(seed_features)
+        opcheck(torch.ops.camkernels.cam_seeds_bwd.default, (into, grad_vectors, indices, add, backend))
+
+
+@pytest.mark.parametrize("backend, device", KERNEL_BACKENDS)
+@pytest.mark.parametrize("squared", [True, False])
+def test_opcheck_of_stochastic_consistency(backend, device, squared):
+    vectors = torch.randn((4, 2, 3), device=device)
+    order, begin, end = (torch.tensor(x, device=device) for x in ([2, 0, 1, 3], [0, 0, 2, 2], [2, 2, 4, 4]))
+    groups = (order, begin, end, squared, backend)
+    opcheck(torch.ops.camkernels.stochastic_consistency_fwd.default, (vectors, *groups))
+    scale = torch.tensor(0.5, device=device)
+    opcheck(torch.ops.camkernels.stochastic_consistency_bwd.default, (vectors, scale, *groups))
+
+
 @pytest.mark.parametrize("backend, device", BACKENDS)
 @pytest.mark.parametrize("sharpness", [None, 5.0])
 def test_compiles_without_a_graph_break(backend, device, sharpness):
@@ -134,6 +183,55 @@ def test_transform_mse_compiles_without_a_graph_break(backend, device, kind):
         truth = torch.autograd.grad(fused_cam_transform_mse(*inputs, transform), inputs)
     for mine, exact in zip(found, truth, strict=True):
         assert torch.allclose(mine, exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend, device", BACKENDS)
+@pytest.mark.parametrize("own", [True, False], ids=["features", "seed_features"])
+def test_seeds_compile_without_a_graph_break(backend, device, own):
+    """In the graph too, the gradient of the vectors is written into that of the map."""
+    inputs, target, noise = seeds_inputs(Case(device=device, channels=5, maps="ties"), own)
+    torch.compiler.reset()
+    with camkernels.use_backend(backend):
+        compiled = torch.compile(seeds_loss, fullgraph=True, backend="aot_eager")
+        found = torch.autograd.grad(compiled(*inputs[:2], target, noise, *inputs[2:]), inputs)
+        truth = torch.autograd.grad(seeds_loss(*inputs[:2], target, noise, *inputs[2:]), inputs)
+    for mine, exact in zip(found, truth, strict=True):
+        assert torch.allclose(mine, exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend, device", BACKENDS)
+@pytest.mark.parametrize("pairs, squared", [("all", True), ("all", False), ("adjacent", True)])
+def test_stochastic_consistency_compiles_without_a_graph_break(backend, device, pairs, squared):
+    vectors = torch.randn((6, 2, 3), device=device, requires_grad=True)
+    target = torch.tensor([0, 0, 1, 0, 1, 2], device=device)
+
+    def loss(vectors, target):
+        return stochastic_consistency(vectors, target, pairs=pairs, squared=squared)
+
+    torch.compiler.reset()
+    with camkernels.use_backend(backend):
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        (found,) = torch.autograd.grad(compiled(vectors, target), vectors)
+        (truth,) = torch.autograd.grad(loss(vectors, target), vectors)
+    assert torch.allclose(found, truth, rtol=1e-5, atol=1e-6)
+
+
+def test_seeds_compile_with_inductor_and_a_dynamic_batch():
+    torch.compiler.reset()
+    compiled = torch.compile(seeds_loss, fullgraph=True, dynamic=True)
+    for images in (2, 3, 5):
+        inputs, target, noise = seeds_inputs(Case(device=DEVICE, channels=5, images=images, maps="ties"))
+        found = torch.autograd.grad(compiled(*inputs, target, noise), inputs)
+        truth = torch.autograd.grad(seeds_loss(*inputs, target, noise), inputs)
+        for mine, exact in zip(found, truth, strict=True):
+            assert torch.allclose(mine, exact, rtol=1e-5, atol=1e-6)
+
+
+def test_compiled_seeds_draw_their_own_noise():
+    inputs, target, _ = seeds_inputs(Case(device=DEVICE, channels=5, maps="ties"))
+    torch.compiler.reset()
+    compiled = torch.compile(lambda: fused_cam_seeds(*inputs, target, 6).indices, fullgraph=True)
+    assert not torch.equal(compiled(), compiled())
 
 
 @pytest.mark.parametrize("kind", ["flip", "affine", "nearest"])
@@ -197,6 +295,28 @@ def test_exports(dynamic):
         assert torch.equal(mine, exact)
 
 
+class Seeds(torch.nn.Module):
+    def forward(self, features, weight, target, noise):
+        found = fused_cam_seeds(features, weight, target, 4, noise=noise)
+        return *found, stochastic_consistency(found.vectors, target)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_seeds_export(dynamic):
+    def arguments(images, seed):
+        inputs, target, noise = seeds_inputs(Case(device=DEVICE, images=images, seed=seed))
+        return (*(x.detach() for x in inputs), target, noise)
+
+    batch = torch.export.Dim("batch", min=2, max=64)
+    shapes = {"features": {0: batch}, "weight": None, "target": {0: batch}, "noise": {0: batch}}
+    program = torch.export.export(Seeds(), arguments(3, 0), dynamic_shapes=shapes if dynamic else None)
+    assert "camkernels.cam_seeds_fwd" in str(program.graph)
+    assert "camkernels.stochastic_consistency_fwd" in str(program.graph)
+    other = arguments(5 if dynamic else 3, 1)
+    for mine, exact in zip(program.module()(*other), Seeds()(*other), strict=True):
+        assert torch.equal(mine, exact)
+
+
 class TransformMse(torch.nn.Module):
     def __init__(self, transform):
         super().__init__()
@@ -236,6 +356,29 @@ def test_autocast_changes_nothing_in_transform_mse(backend, device, kind, featur
         found, truth = torch.autograd.grad(loss, inputs), torch.autograd.grad(plain, inputs)
     assert torch.equal(loss, plain)
     assert all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))
+
+
+@pytest.mark.parametrize("backend, device", BACKENDS)
+@pytest.mark.parametrize("features_dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_nothing_in_seeds(backend, device, features_dtype):
+    case = Case(device=device, dtype=features_dtype, weight_dtype=torch.float32, channels=5)
+    inputs, target, noise = seeds_inputs(case)
+
+    def results():
+        found = fused_cam_seeds(*inputs, target, 4, noise=noise)
+        return *found, stochastic_consistency(found.vectors, target)
+
+    with camkernels.use_backend(backend):
+        with torch.autocast(device, dtype=torch.bfloat16):
+            found = results()
+        plain = results()
+        assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+        assert [x.dtype for x in found] == [x.dtype for x in plain]
+        grads = [
+            torch.autograd.grad([vectors.sum(), cam.square().sum(), loss], inputs)
+            for vectors, _, _, cam, loss in (found, plain)
+        ]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 @pytest.mark.parametrize("backend, device", BACKENDS)
@@ -282,6 +425,25 @@ def test_double_backward_of_transform_mse_raises(backend, device, kind):
             grad.sum().backward()
 
 
+@pytest.mark.parametrize("backend, device", KERNEL_BACKENDS)
+def test_double_backward_of_seeds_raises(backend, device):
+    """Through vectors alone the gradient is linear in what came, and depends on no input."""
+    inputs, target, noise = seeds_inputs(Case(device=device, channels=5), own=False)
+    features, weight, seed_features = inputs
+    with camkernels.use_backend(backend):
+        found = fused_cam_seeds(features, weight, target, 4, seed_features=seed_features, noise=noise)
+        consistency = stochastic_consistency(found.vectors, target)
+    for output, wanted in (
+        (found.vectors, seed_features),
+        (found.cam, features),
+        (consistency, seed_features),
+    ):
+        given = torch.ones_like(output, requires_grad=True)
+        (grad,) = torch.autograd.grad(output, wanted, given, create_graph=True)
+        with pytest.raises(RuntimeError, match="there is no double backward"):
+            grad.sum().backward()
+
+
 @pytest.mark.parametrize("backend, device", BACKENDS)
 def test_without_requires_grad_and_without_grad_mode(backend, device):
     case = Case(device=device, channels=5)
@@ -294,6 +456,10 @@ def test_without_requires_grad_and_without_grad_mode(backend, device):
             assert not fused_cam(inputs[0], inputs[1]).requires_grad
             same = inputs[0], inputs[0], inputs[1], HorizontalFlip()
             assert not fused_cam_transform_mse(*same).requires_grad
+            found = fused_cam_seeds(inputs[0], inputs[1], case.target(), 2)
+            assert not found.vectors.requires_grad
+            leaf = found.vectors.detach().requires_grad_()
+            assert not stochastic_consistency(leaf, case.target()).requires_grad
         assert not fused_cam_transform_mse(*(x.detach() for x in same[:3]), same[3]).requires_grad
 
 
@@ -375,6 +541,70 @@ class TestOnAGpu:
                     erase_loss(inputs[0], inputs[1], target, inputs[2], sharpness).backward()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
+
+    @pytest.mark.parametrize("own", [True, False])
+    def test_seeds_never_synchronise(self, backend, own):
+        inputs, target, noise = seeds_inputs(Case(device="cuda"), own)
+        generator = torch.Generator("cuda").manual_seed(0)
+
+        def step():
+            for keys in (noise, None):
+                seeds_loss(*inputs[:2], target, keys, *inputs[2:]).backward()
+            fused_cam_seeds(*inputs[:2], target, 100, generator=generator)
+            vectors = fused_cam_seeds(*inputs[:2], target, 3, sampling="first").vectors
+            for pairs, squared in (("all", False), ("adjacent", True)):
+                stochastic_consistency(vectors, target, pairs=pairs, squared=squared).backward(
+                    retain_graph=True
+                )
+
+        with camkernels.use_backend(backend):
+            step()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+    def test_seeds_in_a_cuda_graph(self, backend):
+        case = Case(device="cuda", channels=64, maps="ties")
+        inputs, target, noise = seeds_inputs(case)
+
+        def step():
+            return torch.autograd.grad(seeds_loss(*inputs, target, noise), inputs)
+
+        with camkernels.use_backend(backend):
+            side = torch.cuda.Stream()
+            with torch.cuda.stream(side):
+                step()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = step()
+            with torch.no_grad():
+                inputs[0].copy_(replace(case, seed=1).features())
+                noise.uniform_()
+            graph.replay()
+            fresh = step()
+        assert all(torch.equal(a, b) for a, b in zip(captured, fresh, strict=True))
+
+    def test_launches_of_seeds(self, backend):
+        """With the noise given; drawing it is one more."""
+        inputs, target, noise = seeds_inputs(Case(device="cuda"))
+
+        def work(function):
+            function()
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                result = function()
+                torch.cuda.synchronize()
+            kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+            return len(kernels), result
+
+        with camkernels.use_backend(backend):
+            forward, found = work(lambda: fused_cam_seeds(*inputs, target, 20, noise=noise))
+            grad = torch.ones_like(found.vectors)
+            backward, _ = work(lambda: torch.autograd.grad(found.vectors, inputs[0], grad, retain_graph=True))
+        assert forward == {"cuda": 1, "triton": 3}[backend]
+        assert backward == 1
 
     @pytest.mark.parametrize("kind", TRANSFORMS)
     def test_transform_mse_never_synchronises(self, backend, kind):

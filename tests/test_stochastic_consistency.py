@@ -4,7 +4,17 @@ import math
 
 import pytest
 import torch
-from cases import BACKENDS, DEVICE, GPU, KERNEL_BACKENDS, as_double, as_plain, lay_out, run
+from cases import (
+    BACKENDS,
+    DEVICE,
+    GPU,
+    KERNEL_BACKENDS,
+    as_double,
+    as_plain,
+    lay_out,
+    may_hold_infinities,
+    run,
+)
 from closeness import assert_as_close_as
 
 import camkernels
@@ -12,7 +22,7 @@ from camkernels import _C, reference, stochastic_consistency
 
 OPTIONS = [("all", True), ("all", False), ("adjacent", True), ("adjacent", False)]
 # [N, K, D]: no pair, one, odd, several blocks of images and of channels.
-SHAPES = [(1, 3, 5), (2, 1, 1), (7, 3, 33), (20, 2, 9), (5, 1, 600)]
+SHAPES = [(1, 3, 5), (2, 1, 1), (7, 3, 33), (20, 1, 9), (5, 1, 600)]
 
 
 def vectors_of(shape, device="cpu", dtype=torch.float32, layout="contiguous", seed=0):
@@ -94,6 +104,7 @@ def test_any_numbers_are_classes(backend, device, dtype):
 
 
 @pytest.mark.parametrize("backend, device", BACKENDS)
+@may_hold_infinities
 @pytest.mark.parametrize("pairs, squared", OPTIONS)
 def test_without_a_pair_loss_and_gradient_are_zero(backend, device, pairs, squared):
     """Whatever the vectors hold: the mean over no pair is 0."""
@@ -106,9 +117,7 @@ def test_without_a_pair_loss_and_gradient_are_zero(backend, device, pairs, squar
 
 
 @pytest.mark.parametrize("backend, device", BACKENDS)
-@pytest.mark.filterwarnings(
-    "ignore:invalid value encountered:RuntimeWarning"
-)  # Triton's interpreter, in NumPy
+@may_hold_infinities
 @pytest.mark.parametrize("pairs, squared", OPTIONS)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_an_image_alone_does_not_touch_the_others(backend, device, pairs, squared, value):
