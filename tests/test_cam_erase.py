@@ -1,9 +1,11 @@
 """fused_cam_erase: values and gradients against the reference in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import BACKENDS, KERNEL_BACKENDS, Case, as_double, as_plain, placed_matrix, run
+from cases import BACKENDS, GPU, KERNEL_BACKENDS, Case, as_double, as_plain, placed_matrix, run
 from closeness import assert_as_close_as
 
 import camkernels
@@ -74,6 +76,8 @@ def test_hard_erasing(backend, case):
 
 @pytest.mark.parametrize("backend, case", placed_matrix(), ids=str)
 def test_soft_erasing(backend, case):
+    if backend == "triton" and not GPU:  # the interpreter takes a while for every pixel
+        case = replace(case, image_size=(19, 13))
     _, found, plain, truth = outcomes(backend, case, fill=(0.25, -1.5, 7.0), sharpness=9.0)
     names = ("erased", "cam", "grad_features", "grad_weight", "grad_images")
     everything = zip(
