@@ -4,7 +4,14 @@ import pytest
 import torch
 
 import camkernels
-from camkernels import focus_area, fused_cam, fused_cam_erase, fused_cam_transform_mse
+from camkernels import (
+    focus_area,
+    fused_cam,
+    fused_cam_erase,
+    fused_cam_seeds,
+    fused_cam_transform_mse,
+    stochastic_consistency,
+)
 from camkernels.transforms import Affine, HorizontalFlip, Rotate90, Scale, Translate
 
 FEATURES = torch.randn(2, 3, 4, 4)
@@ -12,6 +19,10 @@ WEIGHT = torch.randn(5, 3)
 TARGET = torch.tensor([0, 4])
 IMAGES = torch.randn(2, 3, 8, 8)
 BIAS = torch.randn(5)
+
+SEED_FEATURES = torch.randn(2, 6, 4, 4)
+NOISE = torch.rand(2, 16)
+VECTORS = torch.randn(2, 3, 6)
 
 FEATURES_T = torch.randn(2, 3, 4, 4)
 WIDE = torch.randn(2, 3, 4, 6)
@@ -271,6 +282,123 @@ TRANSFORMS = [
 ]
 
 
+SEEDS = [
+    ({"target": None}, TypeError, "target is a NoneType; it must be a tensor [N]"),
+    ({"target": TARGET[:, None]}, ValueError, "target has shape [2, 1]; it must be [N]"),
+    ({"num_seeds": 2.0}, TypeError, "num_seeds is a float; it must be an integer of at least 1"),
+    ({"num_seeds": True}, TypeError, "num_seeds is a bool; it must be an integer of at least 1"),
+    (
+        {"num_seeds": torch.tensor(3)},
+        TypeError,
+        "num_seeds is a Tensor; it must be an integer of at least 1",
+    ),
+    ({"num_seeds": 0}, ValueError, "num_seeds is 0; it must be an integer of at least 1"),
+    ({"num_seeds": -3}, ValueError, "num_seeds is -3; it must be an integer of at least 1"),
+    (
+        {"seed_features": [1.0]},
+        TypeError,
+        "seed_features is a list; it must be a tensor [N, D, H, W] or None",
+    ),
+    (
+        {"seed_features": SEED_FEATURES.int()},
+        TypeError,
+        "seed_features has dtype int32; allowed are float32, float16, bfloat16, float64",
+    ),
+    (
+        {"seed_features": SEED_FEATURES[0]},
+        ValueError,
+        "seed_features has shape [6, 4, 4]; it must be [N, D, H, W] or None",
+    ),
+    (
+        {"seed_features": SEED_FEATURES[:, :0]},
+        ValueError,
+        "seed_features has shape [2, 0, 4, 4]; D must be at least 1",
+    ),
+    *(
+        (
+            {"seed_features": torch.randn(shape)},
+            ValueError,
+            f"seed_features has shape {shape} and features [2, 3, 4, 4]; it must be [2, D, 4, 4]",
+        )
+        for shape in ([1, 6, 4, 4], [2, 6, 5, 4], [2, 6, 4, 3])
+    ),
+    (
+        {"seed_features": SEED_FEATURES.to("meta")},
+        ValueError,
+        "seed_features is on meta and features on cpu; they must be on one device",
+    ),
+    ({"threshold": "0.7"}, TypeError, "threshold is a str; it must be a number in (0, 1)"),
+    ({"threshold": 0}, ValueError, "threshold is 0.0; it must be a number in (0, 1)"),
+    ({"threshold": 1}, ValueError, "threshold is 1.0; it must be a number in (0, 1)"),
+    ({"threshold": float("nan")}, ValueError, "threshold is nan; it must be a number in (0, 1)"),
+    ({"sampling": None}, TypeError, "sampling is a NoneType; allowed are random, first"),
+    ({"sampling": "last"}, ValueError, "sampling is 'last'; allowed are random, first"),
+    ({"noise": 0.5}, TypeError, "noise is a float; it must be a tensor [N, H * W], here [2, 16]"),
+    ({"noise": NOISE.double()}, TypeError, "noise has dtype float64; it must be float32"),
+    ({"noise": NOISE.half()}, TypeError, "noise has dtype float16; it must be float32"),
+    (
+        {"noise": NOISE.view(2, 4, 4)},
+        ValueError,
+        "noise has shape [2, 4, 4]; it must be [N, H * W], here [2, 16]",
+    ),
+    ({"noise": NOISE[:1]}, ValueError, "noise has shape [1, 16]; it must be [N, H * W], here [2, 16]"),
+    ({"noise": NOISE[:, :9]}, ValueError, "noise has shape [2, 9]; it must be [N, H * W], here [2, 16]"),
+    (
+        {"noise": NOISE.to("meta")},
+        ValueError,
+        "noise is on meta and features on cpu; they must be on one device",
+    ),
+    (
+        {"noise": NOISE, "sampling": "first"},
+        ValueError,
+        "noise is given and sampling is 'first', which draws nothing; leave noise out or sample 'random'",
+    ),
+    (
+        {"generator": torch.Generator(), "sampling": "first"},
+        ValueError,
+        "generator is given and sampling is 'first', which draws nothing; "
+        "leave generator out or sample 'random'",
+    ),
+    (
+        {"noise": NOISE, "generator": torch.Generator()},
+        ValueError,
+        "noise and generator are both given; the generator would draw nothing: leave one out",
+    ),
+    ({"generator": 7}, TypeError, "generator is a int; it must be a torch.Generator"),
+]
+
+CONSISTENCY = [
+    ({"vectors": None}, TypeError, "vectors is a NoneType; it must be a tensor [N, K, D]"),
+    (
+        {"vectors": VECTORS.long()},
+        TypeError,
+        "vectors has dtype int64; allowed are float32, float16, bfloat16, float64",
+    ),
+    ({"vectors": VECTORS[0]}, ValueError, "vectors has shape [3, 6]; it must be [N, K, D]"),
+    ({"vectors": VECTORS[None]}, ValueError, "vectors has shape [1, 2, 3, 6]; it must be [N, K, D]"),
+    *(
+        (
+            {"vectors": vectors},
+            ValueError,
+            f"vectors has shape {list(vectors.shape)}; K and D must be at least 1 (N may be 0)",
+        )
+        for vectors in (VECTORS[:, :0], VECTORS[..., :0])
+    ),
+    ({"target": [0, 0]}, TypeError, "target is a list; it must be a tensor [N]"),
+    ({"target": TARGET.float()}, TypeError, "target has dtype float32; allowed are int64, int32"),
+    ({"target": TARGET[:, None]}, ValueError, "target has shape [2, 1]; it must be [N]"),
+    ({"target": TARGET[:1]}, ValueError, "target has 1 images and vectors 2; they must be equal"),
+    (
+        {"target": TARGET.to("meta")},
+        ValueError,
+        "target is on meta and vectors on cpu; they must be on one device",
+    ),
+    ({"pairs": None}, TypeError, "pairs is a NoneType; allowed are all, adjacent"),
+    ({"pairs": "some"}, ValueError, "pairs is 'some'; allowed are all, adjacent"),
+    ({"squared": 1}, TypeError, "squared is a int; it must be True or False"),
+]
+
+
 @pytest.mark.parametrize("changed, error, message", SHARED + CAM)
 def test_fused_cam(changed, error, message):
     arguments = {"features": FEATURES, "weight": WEIGHT, "target": TARGET, **changed}
@@ -285,6 +413,21 @@ def test_fused_cam_erase(changed, error, message):
     with pytest.raises(error) as raised:
         fused_cam_erase(**arguments)
     assert str(raised.value) == f"fused_cam_erase: {message}"
+
+
+@pytest.mark.parametrize("changed, error, message", SHARED + SEEDS)
+def test_fused_cam_seeds(changed, error, message):
+    arguments = {"features": FEATURES, "weight": WEIGHT, "target": TARGET, "num_seeds": 3, **changed}
+    with pytest.raises(error) as raised:
+        fused_cam_seeds(**arguments)
+    assert str(raised.value) == f"fused_cam_seeds: {message}"
+
+
+@pytest.mark.parametrize("changed, error, message", CONSISTENCY)
+def test_stochastic_consistency(changed, error, message):
+    with pytest.raises(error) as raised:
+        stochastic_consistency(**{"vectors": VECTORS, "target": TARGET, **changed})
+    assert str(raised.value) == f"stochastic_consistency: {message}"
 
 
 @pytest.mark.parametrize(
@@ -318,9 +461,9 @@ def test_focus_area(value):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_index_out_of_range_names_it(backend):
-    with (
-        camkernels.use_backend(backend),
-        pytest.raises(IndexError, match=r"^fused_cam_erase: target holds class 5; weight has 5 classes"),
-    ):
-        fused_cam_erase(FEATURES, WEIGHT, torch.tensor([0, 5]), IMAGES)
+@pytest.mark.parametrize("target", [-1, 5])
+@pytest.mark.parametrize("function, argument", [(fused_cam_erase, IMAGES), (fused_cam_seeds, 3)])
+def test_index_out_of_range_names_it(backend, target, function, argument):
+    message = rf"^{function.__name__}: target holds class {target}; weight has 5 classes"
+    with camkernels.use_backend(backend), pytest.raises(IndexError, match=message):
+        function(FEATURES, WEIGHT, torch.tensor([0, target]), argument)

@@ -21,7 +21,7 @@ import triton  # noqa: E402  (it may be absent)
 import triton.language as tl  # noqa: E402
 
 from camkernels.transforms import Affine, HorizontalFlip, Scale, Translate  # noqa: E402
-from camkernels.triton import cam, cam_erase, front  # noqa: E402
+from camkernels.triton import cam, cam_erase, cam_seeds, front  # noqa: E402
 
 
 @pytest.fixture
@@ -75,6 +75,29 @@ def test_only_wanted_gradients_are_computed(started):
     images = torch.randn((2, 3, 20, 30), device=DEVICE, requires_grad=True)
     camkernels.fused_cam_erase(features, weight, target, images).erased.sum().backward()
     assert started == ["cam_fwd_kernel", "erase_kernel", "erase_kernel"]
+
+
+@pytest.mark.parametrize("size", [7, 17], ids=["one block", "several blocks"])
+def test_seeds_take_three_launches_and_their_gradient_one(started, size):
+    features, weight, target = inputs((2, 12, size, size))
+    features.requires_grad_()
+    seeds = camkernels.fused_cam_seeds(features, weight, target, 3)
+    assert started == ["cam_fwd_kernel", "select_seeds_kernel", "gather_seeds_kernel"]
+    started.clear()
+    seeds.vectors.sum().backward()
+    assert started == ["cam_seeds_bwd_kernel"]
+
+
+@pytest.mark.parametrize("squared", [True, False])
+def test_consistency_is_one_launch(started, squared):
+    vectors = torch.randn((4, 2, 6), device=DEVICE, requires_grad=True)
+    target = torch.zeros(4, dtype=torch.int64, device=DEVICE)
+    loss = camkernels.stochastic_consistency(vectors, target, squared=squared)
+    name = "squared_distances" if squared else "distances"
+    assert started == [f"{name}_kernel"]
+    started.clear()
+    loss.backward()
+    assert started == [f"{name}_bwd_kernel"]
 
 
 PRODUCTS = "cam_transform_mse_features_bwd_kernel", "cam_transform_mse_weight_bwd_kernel"
@@ -205,6 +228,38 @@ def test_kernel_makes_the_map_of_no_class_nan(target):
         assert result[0].isnan().all()
         assert result[1].isfinite().all()
     assert grad_weight.isfinite().all()
+
+
+@pytest.mark.parametrize("target", [-1, 99])
+def test_kernel_takes_the_first_pixel_where_there_is_no_class(target):
+    """The launcher itself, which checks nothing."""
+    features, weight, classes = inputs()
+    classes[0] = target
+    indices = torch.full((2, 3), -1, device=DEVICE)
+    count = torch.full((2,), -1, device=DEVICE)
+    vectors, value = features.new_empty((2, 3, 12)), features.new_empty((2, 1, 7, 7))
+    extent, nothing = features.new_empty((2, 1, 2)), features.new_empty(0)
+    columns, noise = classes[:, None].contiguous(), torch.rand(2, 49, device=DEVICE)
+    cam_seeds.cam_seeds_fwd(
+        *(features, weight, columns, features, noise, 3, 0.7, 1e-8),
+        *(vectors, indices, count, value, nothing, extent),
+    )
+    assert indices[0].tolist() == [0, 0, 0]
+    assert count[0].item() == 0
+    assert torch.equal(vectors[0], features[0, :, 0, 0].expand(3, 12))
+    assert count[1].item() > 0
+
+
+@pytest.mark.parametrize("add", [False, True], ids=["written", "added"])
+def test_a_seed_outside_the_map_has_no_gradient(add):
+    """The launcher itself: such a seed is passed over, and nothing is written past the gradient."""
+    guarded = torch.ones(3, 2, 3, 4, device=DEVICE)
+    indices = torch.tensor([[12, -1, 5, 2**40]], device=DEVICE)
+    cam_seeds.cam_seeds_bwd(guarded[1:2], torch.ones(1, 4, 2, device=DEVICE), indices, add)
+    expected = torch.full((2, 12), float(add), device=DEVICE)
+    expected[:, 5] += 1
+    assert torch.equal(guarded[1].flatten(1), expected)
+    assert (guarded[::2] == 1).all()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
