@@ -12,7 +12,7 @@ from digit_scenes import SIZE, Scenes, object_pictures, object_scenes
 from experiment import Evaluation, Experiment, Pairs, TimedOp
 from findings import paired, verdict
 from network import Network
-from option_types import above_zero, positive, share
+from option_types import above_zero, at_least, positive, share
 from pictures import BoxRow, save_boxes
 from processes import world
 from rich.table import Table
@@ -119,15 +119,13 @@ class I2cExperiment(Experiment[I2cEvaluation]):
     def add_options(parser: argparse.ArgumentParser) -> None:
         add = parser.add_argument
         add("--held-out-scenes", type=positive, default=300, help="to choose the threshold of boxes on")
-        add("--pictures", type=positive, default=3000, help="of single digits, which the start learns first")
+        add("--pictures", type=at_least(20), default=3000, help="of single digits, learnt before the scenes")
         add("--plain-epochs", type=positive, default=3, help="of cross-entropy alone before all methods")
         add("--seeds", type=positive, default=3, help="per image, K of the paper")
         add("--threshold", type=share, default=0.7, help="seeds have a normalised CAM above this")
         add("--stochastic", type=above_zero, default=0.008, help="weight of SC, lambda_1 of eq. 6")
         # The paper's text does not say which of 0.0001 to 0.1 was best; its released script has this one.
-        add(
-            "--global", dest="global_", type=above_zero, default=0.001, help="weight of GC, lambda_2 of eq. 6"
-        )
+        add("--global", dest="global_", type=above_zero, default=0.001, help="weight of GC, lambda_2")
         add("--decay", type=share, default=0.002, help="of the rate at which centres move, alpha of eq. 4")
 
     def scenes(self) -> tuple[Scenes, Scenes]:

@@ -1,15 +1,22 @@
 """Types of command-line options, with what to say of a value that will not do."""
 
 import argparse
+from collections.abc import Callable
 
 import torch
 
 
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
+def at_least(least: int) -> Callable[[str], int]:
+    def integer(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is not at least {least}")
+        return value
+
+    return integer
+
+
+positive = at_least(1)
 
 
 def share(text: str) -> float:
