@@ -10,10 +10,10 @@ PROGRAMS = re.findall(r"```python\n(import torch\n.*?)```", README.read_text(enc
 
 
 def test_readme_shows_programs():
-    assert len(PROGRAMS) == 2
+    assert len(PROGRAMS) == 3
 
 
-@pytest.mark.parametrize("program", PROGRAMS, ids=["erase", "consistency"])
+@pytest.mark.parametrize("program", PROGRAMS, ids=["erase", "consistency", "seeds"])
 def test_program_runs(program):
     names = {}
     exec(program, names)
