@@ -1,7 +1,9 @@
 // Distances of the seed vectors of images of one class for one instruction set.
 //
 // The sum of ||a - b||**2 over all pairs of a group of n vectors is n times the sum of ||a - mean||**2. Both
-// passes, the mean and the deviations from it, read vectors that stay in cache.
+// passes, the mean and the deviations from it, read vectors that stay in cache. Vectors are counted from the
+// first of their group: differences of neighbours are exact where the vectors, far from 0, would be rounded
+// in their sum.
 #pragma once
 
 #include <cmath>
@@ -27,6 +29,13 @@ struct Group {
   const Accumulate<T>* row(int64_t member, Accumulate<T>* staging) const {
     return widened(vectors + offset(member), staging, depth);
   }
+  // Less the group's first vector.
+  const Accumulate<T>* from_first(int64_t member, Accumulate<T>* staging) const {
+    const T* first = vectors + offset(0);
+    const T* own = vectors + offset(member);
+    for (int64_t d = 0; d < depth; ++d) staging[d] = to_real(own[d]) - to_real(first[d]);
+    return staging;
+  }
 
   int64_t size;
   const int64_t* images;
@@ -34,12 +43,13 @@ struct Group {
   int64_t seed, seeds, depth;
 };
 
+// Of the vectors less the first of them.
 template <typename T>
 inline void mean_row(const Group<T>& group, Accumulate<T>* mean, Accumulate<T>* staging) {
   using Real = Accumulate<T>;
   for (int64_t d = 0; d < group.depth; ++d) mean[d] = 0;
   for (int64_t member = 0; member < group.size; ++member) {
-    const Real* row = group.row(member, staging);
+    const Real* row = group.from_first(member, staging);
     for (int64_t d = 0; d < group.depth; ++d) mean[d] += row[d];
   }
   for (int64_t d = 0; d < group.depth; ++d) mean[d] /= static_cast<Real>(group.size);
@@ -75,7 +85,7 @@ void stochastic_consistency_fwd(const StochasticConsistency& p, int64_t item_beg
     if (p.squared && own == 0 && group.size > 1) {
       mean_row(group, mean.get(), staging.get());
       for (int64_t member = 0; member < group.size; ++member) {
-        sum += squared_distance(group.row(member, staging.get()), mean.get(), p.depth);
+        sum += squared_distance(group.from_first(member, staging.get()), mean.get(), p.depth);
       }
       sum *= static_cast<Real>(group.size);
     } else if (!p.squared) {
@@ -106,7 +116,7 @@ void stochastic_consistency_bwd(const StochasticConsistency& p, int64_t item_beg
       mean_row(group, mean.get(), staging.get());
       const Real factor = 2 * scale * static_cast<Real>(group.size);
       for (int64_t member = 0; member < group.size; ++member) {
-        const Real* row = group.row(member, staging.get());
+        const Real* row = group.from_first(member, staging.get());
         for (int64_t d = 0; d < p.depth; ++d) grad[d] = factor * (row[d] - mean[d]);
         store_row(grad.get(), to + group.offset(member), p.depth, false);
       }
