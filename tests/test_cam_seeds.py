@@ -267,6 +267,11 @@ def test_a_threshold_of_one_but_for_rounding_leaves_the_peak(backend, device):
     assert found.count.tolist() == [0]
     assert found.indices.tolist() == [[2] * 4]
     assert low.indices.tolist() == [[1, 2, 3, 4]]
+    wide = torch.zeros(5, 40)  # of several blocks, in which the maximum comes twice
+    wide.view(-1)[[70, 150]] = 5
+    with camkernels.use_backend(backend):
+        found = fused_cam_seeds(*map_of(wide, device), 2, threshold=1 - 1e-12)
+    assert found.indices.tolist() == [[70, 70]]
 
 
 @pytest.mark.parametrize("backend, device", BACKENDS)

@@ -13,20 +13,29 @@ from camkernels.triton.front import narrow, on_device_of, power_of_two, register
 
 
 @triton.jit
-def group_rows(vectors_ptr, order_ptr, position, end, seed, seeds, channel, channels):
-    """Offsets and values of the vectors [M, D] at positions below ``end``; 0 where there is none."""
+def group_rows(vectors_ptr, order_ptr, begin, position, end, seed, seeds, channel, channels):
+    """Offsets and values of the vectors [M, D] at positions below ``end``, less the first of their group.
+
+    Vectors far from 0 would be rounded in their sum; differences of neighbours are exact.
+    """
+    inside = channel < channels
+    first = (tl.load(order_ptr + begin) * seeds + seed) * channels
+    origin = tl.load(vectors_ptr + first + channel, mask=inside, other=0.0).to(tl.float32)
     image = tl.load(order_ptr + position, mask=position < end, other=0)
     offset = (image * seeds + seed)[:, None] * channels + channel[None, :]
-    present = (position < end)[:, None] & (channel < channels)[None, :]
-    return offset, tl.load(vectors_ptr + offset, mask=present, other=0.0).to(tl.float32), present
+    present = (position < end)[:, None] & inside[None, :]
+    values = tl.load(vectors_ptr + offset, mask=present, other=0.0).to(tl.float32)
+    return offset, tl.where(present, values - origin[None, :], 0.0), present
 
 
 @triton.jit
 def group_mean(vectors_ptr, order_ptr, begin, end, seed, seeds, channel, channels, BLOCK_M: tl.constexpr):
     sums = tl.zeros([BLOCK_M, channel.shape[0]], tl.float32)
-    for first in range(begin, end, BLOCK_M):
-        position = first + tl.arange(0, BLOCK_M)
-        _, values, _ = group_rows(vectors_ptr, order_ptr, position, end, seed, seeds, channel, channels)
+    for start in range(begin, end, BLOCK_M):
+        position = start + tl.arange(0, BLOCK_M)
+        _, values, _ = group_rows(
+            vectors_ptr, order_ptr, begin, position, end, seed, seeds, channel, channels
+        )
         sums += values
     return tl.div_rn(tl.sum(sums, 0), (end - begin).to(tl.float32))
 
@@ -58,7 +67,7 @@ def squared_distances_kernel(
             for first in range(begin, end, BLOCK_M):
                 position = first + tl.arange(0, BLOCK_M)
                 _, values, present = group_rows(
-                    vectors_ptr, order_ptr, position, end, seed, seeds, channel, channels
+                    vectors_ptr, order_ptr, begin, position, end, seed, seeds, channel, channels
                 )
                 deviation = tl.where(present, values - mean[None, :], 0.0)
                 squares += deviation * deviation
@@ -92,7 +101,7 @@ def squared_distances_bwd_kernel(
         for first in range(begin, end, BLOCK_M):
             position = first + tl.arange(0, BLOCK_M)
             offset, values, present = group_rows(
-                vectors_ptr, order_ptr, position, end, seed, seeds, channel, channels
+                vectors_ptr, order_ptr, begin, position, end, seed, seeds, channel, channels
             )
             grad = slope * (values - mean[None, :])
             grad = tl.where(end - begin > 1, grad, 0.0)
