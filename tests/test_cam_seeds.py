@@ -300,9 +300,13 @@ def test_noise_may_hold_anything(backend, device):
     draw = torch.Generator().manual_seed(0)
     noise = torch.tensor(keys)[torch.randint(0, len(keys), (2, 45), generator=draw)]
     noise.view(torch.int32)[1, ::7] = -1  # a NaN with its sign set
-    case = Case(device=device, shape=(5, 9), maps="ties", images=2, channels=3)
+    values = torch.ones(5, 9)  # all are candidates but the first
+    values[0, 0] = 0
+    features, weight, target = map_of(values, device)
     with camkernels.use_backend(backend):
-        found = fused_cam_seeds(case.features(), case.weight(), case.target(), 60, noise=noise.to(device))
+        found = fused_cam_seeds(
+            features.expand(2, 1, 5, 9), weight, target.expand(2), 60, noise=noise.to(device)
+        )
     indices, count = expected_seeds(found.cam, noise, 60)
     assert torch.equal(found.indices.cpu(), indices)
     assert torch.equal(found.count.cpu(), count)
@@ -416,8 +420,9 @@ def test_the_gradient_is_rounded_once(backend, device, dtype, layout, add):
     """Every element is written, even over NaN; what is added to is read in its own type and rounded after."""
     draw = torch.Generator().manual_seed(0)
     grad_vectors = torch.randn((2, 11, 5), generator=draw).to(device, dtype)
-    indices = torch.randint(0, 12, (2, 11), generator=draw).to(device)
+    indices = torch.randint(0, 11, (2, 11), generator=draw).to(device)  # the last pixel has no seed
     before = torch.randn((2, 5, 3, 4), generator=draw) if add else torch.full((2, 5, 3, 4), math.nan)
+    before[..., -1, -1] = -0.0
     found = lay_out(before.to(device, dtype), layout)
     sums = torch.zeros(2, 12, 5)
     for n in range(2):
@@ -427,6 +432,7 @@ def test_the_gradient_is_rounded_once(backend, device, dtype, layout, add):
     expected = (found.cpu().float() + sums if add else sums).to(dtype)
     torch.ops.camkernels.cam_seeds_bwd(found, grad_vectors, indices, add, backend)
     assert torch.equal(found.cpu(), expected)
+    assert (found[..., -1, -1].signbit() == add).all()  # left alone, or written
 
 
 @pytest.mark.parametrize("backend, device", KERNEL_BACKENDS)
