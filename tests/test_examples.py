@@ -441,12 +441,12 @@ def test_each_method_has_a_folder_of_its_own():
     assert folders == ["demo", "demo-vac", "demo-i2c"]
 
 
-def test_the_loss_of_i2c():
-    """Eq. 6 with seeds of one draw: cross-entropy, 0.25 SC, 0.5 GC."""
+@pytest.mark.parametrize(("preset", "power"), [("paper", 2), ("official", 1)])
+def test_the_loss_of_i2c(preset, power):
+    """Eq. 6 with seeds of one draw: cross-entropy, 0.25 SC, 0.5 GC; distances squared or plain."""
     torch.manual_seed(0)
-    options = train_digit_scenes.parse(
-        ["--method", "i2c", "--seeds", "4", "--threshold", "0.6", "--stochastic", "0.25", "--global", "0.5"]
-    )
+    weights = ["--stochastic", "0.25", "--global", "0.5", "--preset", preset]
+    options = train_digit_scenes.parse(["--method", "i2c", "--seeds", "4", "--threshold", "0.6", *weights])
     experiment = i2c.I2cExperiment(options)
     network = experiment.network(10).eval()
     images, target = torch.randn(4, 3, SIZE, SIZE), torch.tensor([3, 3, 7, 7])
@@ -459,9 +459,9 @@ def test_the_loss_of_i2c():
     torch.manual_seed(1)
     vectors = i2c.fused_cam_seeds(features, network.classifier.weight, target, 4, threshold=0.6).vectors
     cross_entropy = torch.nn.functional.cross_entropy(network(images), target)
-    stochastic = (vectors[0::2] - vectors[1::2]).square().sum(2).mean()
+    stochastic = (vectors[0::2] - vectors[1::2]).norm(dim=2).pow(power).mean()
     means = vectors.view(2, 8, -1).mean(1)
-    global_ = (means - centres[[3, 7]]).square().sum(1).mean()
+    global_ = (means - centres[[3, 7]]).norm(dim=1).pow(power).mean()
     expected = {
         "baseline": cross_entropy,
         "sc": cross_entropy + 0.25 * stochastic,
@@ -647,7 +647,8 @@ def test_sentences_of_i2c_follow_from_the_numbers(change, verdict):
     assert told[1].count(verdict) == 2
     assert told[2].startswith("CE + SC + GC against CE: GT-known error from 50.0 %")
     assert told[3].count("the claim did NOT show here, the change is within two standard errors") == 2
-    assert "300 held-out scenes: 0.35, 0.35, 0.35" in told[-2]
+    assert "300 held-out scenes: 0.35, 0.35, 0.35" in told[-3]
+    assert told[-2] == "Weights were 0.008 and 0.001, distances plain, as in the released code."
     assert "took 1.10 and 1.20 times as long" in told[-1]
 
 
