@@ -219,6 +219,7 @@ def test_deterministic_and_everything_is_written(backend, device, squared):
 
 
 @pytest.mark.parametrize("backend, device", KERNEL_BACKENDS)
+@may_hold_infinities
 @pytest.mark.parametrize("squared", [True, False])
 def test_groups_in_the_words_of_the_kernels(backend, device, squared):
     """Per place in the order: squared, the whole group at its first; plain, with those that follow."""
@@ -236,6 +237,12 @@ def test_groups_in_the_words_of_the_kernels(backend, device, squared):
     assert found.dtype == torch.float32
     assert torch.allclose(found.cpu(), expected, rtol=1e-5)
     assert not found[3:].any()
+    # An image alone has no gradient, whatever comes from above.
+    scale = torch.tensor(math.inf, device=device)
+    grads = torch.ops.camkernels.stochastic_consistency_bwd(
+        vectors, scale, order, begin, end, squared, backend
+    )
+    assert not grads[[4, 1]].any()
 
 
 @pytest.mark.parametrize("backend, device", BACKENDS)
