@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.xdist_group("triton_aot")  # kernels are compiled once, not once in each worker
 
 # What a block may have on sm_86, sm_89 and sm_120, the least of the GPUs served.
 SHARED_BYTES = 99 * 1024
