@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "../common.h"
-#include "../shared/seed_key.h"
+#include "../shared/sort_key.h"
 #include "checks.h"
 #include "kernels.h"
 
@@ -38,7 +38,7 @@ int64_t choose_seeds(const Real* map, const float* noise, int64_t pixels, Real t
                      std::vector<Candidate>& candidates, int64_t* indices, int64_t seeds) {
   candidates.clear();
   for (int64_t p = 0; p < pixels; ++p) {
-    if (map[p] > threshold) candidates.push_back({noise == nullptr ? 0 : seed_key(noise[p]), p});
+    if (map[p] > threshold) candidates.push_back({noise == nullptr ? 0 : sort_key(noise[p]), p});
   }
   const int64_t count = static_cast<int64_t>(candidates.size());
   if (count == 0) {

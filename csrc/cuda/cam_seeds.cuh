@@ -1,6 +1,7 @@
 // Seed pixels of the peak of a class activation map, the vectors there, and those vectors' gradient.
 #pragma once
 
+#include "../shared/sort_key.h"
 #include "cam_front.cuh"
 
 namespace camkernels::cuda {
@@ -56,16 +57,6 @@ __host__ __device__ SeedBuffers take_seed_buffers(Memory& memory, const CamSeeds
   return buffers;
 }
 
-// Orders as torch.sort does: a NaN is above all numbers, -0 equals 0. Never 0.
-__device__ inline uint32_t sortable(float value) {
-  if (isnan(value)) return 0xffffffffu;
-  if (value == 0.0f) value = 0.0f;
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, sizeof(bits));
-  constexpr uint32_t kSign = 0x80000000u;
-  return (bits & kSign) != 0 ? ~bits : bits | kSign;
-}
-
 // A pixel with its key as one number: of equal keys the lower pixel is the larger entry. No two are equal,
 // and 0 is less than each.
 __device__ __forceinline__ uint64_t entry_of(uint32_t key, int pixel, int last) {
@@ -84,10 +75,10 @@ __device__ inline int stage_keys(const CamSeedsFwd& call, int64_t image, const f
   int count = 0;
 #pragma unroll 1
   for (int p = threadIdx.x; p < pixels; p += blockDim.x) {
-    uint32_t key = 0;
-    if (map[p] > call.threshold) key = call.noise == nullptr ? 1u : sortable(call.noise[image * pixels + p]);
+    uint32_t key = kNoKey;
+    if (map[p] > call.threshold) key = call.noise == nullptr ? 1u : sort_key(call.noise[image * pixels + p]);
     buffers.keys[p] = key;
-    count += key != 0;
+    count += key != kNoKey;
   }
   count = warp_sum(count);
   if (threadIdx.x % kWarp == 0) buffers.counts[threadIdx.x / kWarp] = count;
@@ -96,7 +87,7 @@ __device__ inline int stage_keys(const CamSeedsFwd& call, int64_t image, const f
   for (int warp = 0; warp < static_cast<int>(blockDim.x) / kWarp; ++warp) count += buffers.counts[warp];
   if (count == 0) {
 #pragma unroll 1
-    for (int p = threadIdx.x; p < pixels; p += blockDim.x) buffers.keys[p] = sortable(map[p]);
+    for (int p = threadIdx.x; p < pixels; p += blockDim.x) buffers.keys[p] = sort_key(map[p]);
     __syncthreads();
   }
   return count;
@@ -139,7 +130,7 @@ __device__ inline void choose(int pixels, int candidates, int wanted, const Seed
     for (int p = threadIdx.x; p < pixels; p += blockDim.x) {
       const uint32_t key = buffers.keys[p];
       const uint64_t entry = entry_of(key, p, last);
-      if (key != 0 && (entry & mask) == least) {
+      if (key != kNoKey && (entry & mask) == least) {
         atomicAdd(&buffers.histogram[static_cast<int>(entry >> shift) & (kBins - 1)], 1);
       }
     }
@@ -158,7 +149,7 @@ __device__ inline void choose(int pixels, int candidates, int wanted, const Seed
   for (int p = threadIdx.x; p < pixels; p += blockDim.x) {
     const uint32_t key = buffers.keys[p];
     const uint64_t entry = entry_of(key, p, last);
-    if (key != 0 && (entry & mask) >= least) buffers.choice[atomicAdd(buffers.taken, 1)] = entry;
+    if (key != kNoKey && (entry & mask) >= least) buffers.choice[atomicAdd(buffers.taken, 1)] = entry;
   }
   __syncthreads();
 }
