@@ -159,7 +159,7 @@ def choose_threshold(
 
     Returns:
         One of ``thresholds``. Of several equally good ones it is the middle one in rising order (the lower of
-        two in the middle): it lies farthest from where boxes get worse.
+        two in the middle): where they are neighbours it lies farthest from where boxes get worse.
 
     Raises:
         ImportError: scikit-image is missing: ``pip install camkernels[metrics]``.
@@ -237,7 +237,7 @@ def _boxes(function: str, argument: str, value: object, shape: str, dims: Sequen
     if not isinstance(value, Tensor):
         raise TypeError(f"{function}: {argument} is a {type(value).__name__}; it must be a tensor {shape}")
     if value.dtype == torch.bool or value.is_complex():
-        name = str(value.dtype).removeprefix("torch.")
+        name = _checks.dtype_name(value.dtype)
         raise TypeError(f"{function}: {argument} has dtype {name}; allowed are integers and floats")
     if value.dim() not in dims or value.shape[-1] != 4:
         raise ValueError(f"{function}: {argument} has shape {list(value.shape)}; it must be {shape}")
@@ -277,12 +277,7 @@ def _logits(function: str, value: object, boxes: Tensor) -> Tensor:
 
 def _target(function: str, value: object, logits: Tensor) -> Tensor:
     value = _checks.target(function, value, logits, "[N]", (1,), "logits")
-    for index in (int(value.min()), int(value.max())):
-        if not 0 <= index < logits.shape[1]:
-            raise IndexError(
-                f"{function}: target holds class {index}; logits has {logits.shape[1]} classes, "
-                f"so it must be in [0, {logits.shape[1]})"
-            )
+    _checks.classes_in_range(function, value.cpu(), logits.shape[1], "logits has {} classes")
     return value
 
 

@@ -162,3 +162,24 @@ def as_plain(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def as_double(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [x.detach().cpu().double() for x in tensors]
+
+
+def peak_bytes(function: Callable[[], Any], device: str) -> tuple[int, Any]:
+    """The most memory that is held at once beyond what was there before."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before, result
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        result = function()
+    held = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most, result

@@ -124,19 +124,48 @@ def everything(rank: int | None) -> dict[str, Any]:
         ("global", global_criterion(torch.float32), UNEVEN[:1]),
         ("stochastic", StochasticConsistencyLoss(gather=True), EVEN[:1]),
     ):
-        compiler = None if rank is None else "aot_eager"
+        compiler = None if rank is None else "aot_eager_decomp_partition"
         found["compiled", name, torch.float32] = train(
             criterion, split, rank, torch.float32, compiler=compiler
         )
     return found
 
 
-def message(function: Callable[[], object]) -> str:
+def message(function: Callable[[], object], kind: type[Exception] = ValueError) -> str:
     try:
         function()
-    except ValueError as error:
+    except kind as error:
         return str(error)
     return "no error"
+
+
+def twice(loss: Tensor, vectors: Tensor) -> None:
+    (grad,) = torch.autograd.grad(loss, vectors, create_graph=True)
+    grad.sum().backward()
+
+
+def groups_of_collectives(group: Any) -> list[Any]:
+    """The group that each collective of the two losses was called for."""
+    called = []
+    plain = {name: getattr(dist, name) for name in ("all_reduce", "all_gather")}
+
+    def noting(name: str) -> Callable[..., Any]:
+        def collective(*args: Any, group: Any = None) -> Any:
+            called.append(group)
+            return plain[name](*args, group=group)
+
+        return collective
+
+    try:
+        for name in plain:
+            setattr(dist, name, noting(name))
+        vectors, target = torch.ones(1, SEEDS, DIM), torch.tensor([0])
+        global_criterion(torch.float32, group=group)(vectors, target)
+        StochasticConsistencyLoss(gather=True, process_group=group)(vectors, target)
+    finally:
+        for name, function in plain.items():
+            setattr(dist, name, function)
+    return called
 
 
 def of_ranks(rank: int) -> dict[str, Any]:
@@ -148,6 +177,8 @@ def of_ranks(rank: int) -> dict[str, Any]:
     target = torch.zeros(3, dtype=torch.int64)
     found["unequal images"] = message(lambda: gather(torch.zeros(images, 2, 4), target[:images]))
     found["unequal seeds"] = message(lambda: gather(torch.zeros(3, seeds, 4), target))
+    dtype = (torch.float32, torch.float64)[rank]
+    found["unequal dtypes"] = message(lambda: gather(torch.zeros(3, 2, 4, dtype=dtype), target))
 
     for dtype in (torch.float16, torch.bfloat16):
         inputs, target = batches(EVEN, rank, torch.float32)[0]
@@ -167,14 +198,23 @@ def of_ranks(rank: int) -> dict[str, Any]:
     found["evaluation loss"] = criterion(torch.full((1, SEEDS, DIM), float(rank)), torch.tensor([0]))
     found["evaluation state"] = criterion.state_dict()
 
+    pair = dist.new_group(range(RANKS))
+    found["groups"] = groups_of_collectives(pair) == [pair] * 4
+
+    vectors = torch.ones(1, SEEDS, DIM, requires_grad=True)
+    for name, criterion in (("global", global_criterion(torch.float64)), ("stochastic", gather)):
+        wide = vectors.double()
+        loss = criterion(wide + rank, torch.tensor([0]))
+        found["twice", name] = message(lambda: twice(loss, wide), RuntimeError)  # noqa: B023
+
     groups = [dist.new_group([member]) for member in range(RANKS)]
     vectors, target = torch.full((1, SEEDS, DIM), float(rank)), torch.tensor([0])
     criterion = global_criterion(torch.float32, group=groups[rank])
     criterion(vectors, target)
     found["group of one, global"] = criterion.centres
-    pair = torch.tensor([0.0, 1.0 + rank])[:, None, None].expand(2, 1, 4)
+    images = torch.tensor([0.0, 1.0 + rank])[:, None, None].expand(2, 1, 4)
     alone = StochasticConsistencyLoss(gather=True, process_group=groups[rank])
-    found["group of one, stochastic"] = alone(pair, torch.tensor([0, 0]))
+    found["group of one, stochastic"] = alone(images, torch.tensor([0, 0]))
     return found
 
 

@@ -90,7 +90,7 @@ CAM = [
     ({"bias": BIAS[:, None]}, ValueError, "bias has shape [5, 1]; it must be [L]"),
     ({"bias": BIAS[:4]}, ValueError, "bias has 4 classes and weight 5; they must be equal"),
     ({"bias": BIAS.to("meta")}, ValueError, "bias is on meta and weight on cpu; they must be on one device"),
-    ({"normalize": 1}, TypeError, "normalize is 1; it must be True or False"),
+    ({"normalize": 1}, TypeError, "normalize is a int; it must be True or False"),
 ]
 
 ERASE = [
@@ -210,7 +210,7 @@ TRANSFORM = [
         "transform is a str; it must be one of camkernels.transforms",
     ),
     ({"transform": torch.flip}, TypeError, "transform is a builtin_function_or_method; it must be one of"),
-    ({"detach_weight": 1}, TypeError, "detach_weight is a int; it must be a bool"),
+    ({"detach_weight": 1}, TypeError, "detach_weight is a int; it must be True or False"),
     ({"reduction": None}, TypeError, "reduction is a NoneType; allowed are none, mean, sum"),
     ({"reduction": "max"}, ValueError, "reduction is 'max'; allowed are none, mean, sum"),
 ]

@@ -15,6 +15,7 @@ from cases import (
     as_plain,
     lay_out,
     may_hold_infinities,
+    peak_bytes,
     placed_matrix,
     run,
 )
@@ -177,6 +178,14 @@ def test_float64_seed_features_with_half_features():
     assert found.values[0].dtype == found.grads[2].dtype == torch.float64
 
 
+@pytest.mark.parametrize("backend, device", [x for x in KERNEL_BACKENDS if x[0] != "cpu"])
+def test_float64_seed_features_are_refused_where_kernels_have_no_float64(backend, device):
+    case = Case(device=device)
+    seed_features = torch.zeros((3, 4, 7, 7), device=device, dtype=torch.float64)
+    with camkernels.use_backend(backend), pytest.raises(RuntimeError, match="not float64"):
+        fused_cam_seeds(case.features(), case.weight(), case.target(), 2, seed_features=seed_features)
+
+
 KEYS = {
     "fine": lambda shape, draw: torch.rand(shape, generator=draw),
     "coarse": lambda shape, draw: torch.randint(0, 4, shape, generator=draw) / 4,
@@ -293,7 +302,7 @@ def test_without_a_candidate_all_seeds_are_the_peak(backend, device, place, valu
     assert torch.equal(found.vectors, features[0, 0, seed // 5, seed % 5].expand(1, 3, 1))
 
 
-@pytest.mark.parametrize("backend, device", KERNEL_BACKENDS)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 def test_noise_may_hold_anything(backend, device):
     """Zeros of either sign are equal, all NaN are the greatest; nothing is read or written out of bounds."""
     keys = [0.0, -0.0, math.nan, math.inf, -math.inf, 1e-40, -1e-40, -1.0, 2.0, 3.4e38, -3.4e38]
@@ -594,25 +603,17 @@ def test_seed_features_are_not_kept_for_backward(backend, device):
     assert max(x.numel() for x in saved) <= case.features().numel()
 
 
-def peak_bytes(function, device):
-    """The most memory that is held at once beyond what was there before."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        result = function()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before, result
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        result = function()
-    held = most = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most, result
+@pytest.mark.parametrize("backend, device", KERNEL_BACKENDS)
+def test_only_indices_are_kept_where_the_map_is_not_trained(backend, device):
+    case = Case(device=device)
+    seed_features = torch.randn(3, 4, 7, 7, device=device, requires_grad=True)
+    saved = []
+    with (
+        camkernels.use_backend(backend),
+        torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x),
+    ):
+        found = fused_cam_seeds(case.features(), case.weight(), case.target(), 4, seed_features=seed_features)
+    assert [x.tolist() for x in saved] == [found.indices.tolist()]
 
 
 @pytest.mark.parametrize("backend, device", KERNEL_BACKENDS)

@@ -98,12 +98,16 @@ def test_compiled(ranks, alone, loss, rank):
 
 @pytest.mark.parametrize(
     ("kind", "shapes"),
-    [("unequal images", "[3, 2, 4], [2, 2, 4]"), ("unequal seeds", "[3, 2, 4], [3, 3, 4]")],
+    [
+        ("unequal images", "[3, 2, 4] float32, [2, 2, 4] float32"),
+        ("unequal seeds", "[3, 2, 4] float32, [3, 3, 4] float32"),
+        ("unequal dtypes", "[3, 2, 4] float32, [3, 2, 4] float64"),
+    ],
 )
-def test_unequal_shapes_raise_on_every_rank(ranks, kind, shapes):
+def test_unequal_vectors_raise_on_every_rank(ranks, kind, shapes):
     expected = (
-        f"StochasticConsistencyLoss: vectors has the shapes {shapes} on the ranks; with gather=True "
-        "they must be equal"
+        f"StochasticConsistencyLoss: vectors is {shapes} on the ranks; with gather=True shapes and dtypes "
+        "must be equal"
     )
     assert [found[kind] for _, found in ranks] == [expected] * RANKS
 
@@ -143,3 +147,13 @@ def test_a_group_of_one_is_alone(ranks):
     for rank, (_, found) in enumerate(ranks):
         assert torch.equal(found["group of one, global"][0], torch.full((DIM,), float(rank)))
         assert found["group of one, stochastic"].item() == 4 * (1 + rank) ** 2
+
+
+def test_collectives_are_of_the_group_given(ranks):
+    assert all(found["groups"] for _, found in ranks)
+
+
+@pytest.mark.parametrize("loss", ["global", "stochastic"])
+def test_double_backward_raises(ranks, loss):
+    for _, found in ranks:
+        assert "differentiate twice" in found["twice", loss]

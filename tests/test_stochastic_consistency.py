@@ -13,6 +13,7 @@ from cases import (
     as_plain,
     lay_out,
     may_hold_infinities,
+    peak_bytes,
     run,
 )
 from closeness import assert_as_close_as
@@ -274,10 +275,23 @@ def test_every_instruction_set(capability, dtype, squared):
         _C.use_cpu_capability(chosen)
 
 
+@pytest.mark.parametrize("backend, device", BACKENDS)
+def test_the_default_dtype_is_nothing_to_it(backend, device):
+    """300 images of one class: more pairs than float16 can count."""
+    vectors, target = vectors_of((300, 2, 3), device).requires_grad_(), torch.zeros(300, dtype=torch.int64)
+    with camkernels.use_backend(backend):
+        expected = stochastic_consistency(vectors, target.to(device))
+        torch.set_default_dtype(torch.float16)
+        try:
+            found = stochastic_consistency(vectors, target.to(device))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+    assert found > 0
+
+
 def test_memory_does_not_grow_with_the_number_of_pairs():
     """A thousand images of one class: half a million pairs, none of which is written down."""
-    from test_cam_seeds import peak_bytes
-
     vectors = vectors_of((1000, 3, 16), DEVICE).requires_grad_()
     target = torch.zeros(1000, dtype=torch.int64, device=DEVICE)
 

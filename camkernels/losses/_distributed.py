@@ -1,7 +1,8 @@
 """Sums and batches of all ranks, with gradients that suit ``DistributedDataParallel``.
 
 A loss made of them has one value on every rank. Backward multiplies by the number of ranks: then the average
-that DDP takes over ranks is the gradient that one process would have with the whole batch.
+that DDP takes over ranks is the gradient that one process would have with the whole batch. There is no double
+backward: it would miss what the other ranks add.
 """
 
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from camkernels.ops import _checks
 
 
 def process_group(function: str, value: object) -> "dist.ProcessGroup | None":
@@ -43,15 +47,19 @@ def all_gather(own: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
     return every
 
 
-def check_equal_shapes(function: str, argument: str, own: Tensor, group: "dist.ProcessGroup | None") -> None:
+def check_alike(function: str, argument: str, own: Tensor, group: "dist.ProcessGroup | None") -> None:
     """On the CPU, where it waits for nothing but the other ranks; every rank raises, so that none hangs."""
     if own.device.type != "cpu" or torch.compiler.is_compiling() or world_size(group) <= 1:
         return
-    shapes = all_gather(torch.tensor([own.shape]), group).tolist()
-    if any(shape != shapes[0] for shape in shapes):
+    row = torch.tensor([[_checks.FLOATS.index(own.dtype), *own.shape]], device="cpu")
+    found = [
+        f"{shape} {_checks.dtype_name(_checks.FLOATS[dtype])}"
+        for dtype, *shape in all_gather(row, group).tolist()
+    ]
+    if any(one != found[0] for one in found):
         raise ValueError(
-            f"{function}: {argument} has the shapes {', '.join(map(str, shapes))} on the ranks; "
-            "with gather=True they must be equal"
+            f"{function}: {argument} is {', '.join(found)} on the ranks; with gather=True shapes and dtypes "
+            "must be equal"
         )
 
 
@@ -64,6 +72,7 @@ class _AllReduce(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.ranks * grad, None
 
@@ -79,5 +88,6 @@ class _AllGather(torch.autograd.Function):
         return torch.cat(parts)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.ranks * grad.narrow(0, ctx.begin, ctx.images), None

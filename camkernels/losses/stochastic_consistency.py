@@ -42,7 +42,7 @@ class StochasticConsistencyLoss(nn.Module):
     whole batch; adjacent are images in the order of ranks. The gradient reaches the rank's own vectors only,
     multiplied by the number of ranks: so the average of ``DistributedDataParallel`` is the gradient that one
     process would have with the whole batch. Ranks must bring vectors of one shape and dtype. On the CPU
-    unequal shapes are a ``ValueError`` on every rank; on a GPU, where looking would mean waiting, and in a
+    unequal ones are a ``ValueError`` on every rank; on a GPU, where looking would mean waiting, and in a
     compiled graph they are not checked, and the ranks may hang. Without a process group, or with one rank,
     ``gather`` changes nothing.
 
@@ -90,7 +90,7 @@ class StochasticConsistencyLoss(nn.Module):
         if self.gather:
             vectors = _checks.vectors(name, vectors)
             target = _checks.target(name, target, vectors, "[N]", (1,), "vectors")
-            _distributed.check_equal_shapes(name, "vectors", vectors, self.process_group)
+            _distributed.check_alike(name, "vectors", vectors, self.process_group)
             vectors = _distributed.all_gather(vectors, self.process_group)
             target = _distributed.all_gather(target.long(), self.process_group)
         return mean_distance(name, vectors, target, self.pairs, self.squared)

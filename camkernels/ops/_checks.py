@@ -10,7 +10,7 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -19,8 +19,8 @@ def tensor(function: str, argument: str, value: object, shape: str, dims: Sequen
     if not isinstance(value, Tensor):
         raise TypeError(f"{function}: {argument} is a {type(value).__name__}; it must be a tensor {shape}")
     if value.dtype not in FLOATS:
-        allowed = ", ".join(map(_name, FLOATS))
-        raise TypeError(f"{function}: {argument} has dtype {_name(value.dtype)}; allowed are {allowed}")
+        allowed = ", ".join(map(dtype_name, FLOATS))
+        raise TypeError(f"{function}: {argument} has dtype {dtype_name(value.dtype)}; allowed are {allowed}")
     if value.dim() not in dims:
         raise ValueError(f"{function}: {argument} has shape {list(value.shape)}; it must be {shape}")
     return value
@@ -75,7 +75,7 @@ def target(
     if not isinstance(value, Tensor):
         raise TypeError(f"{function}: target is a {type(value).__name__}; it must be a tensor {shape}")
     if value.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{function}: target has dtype {_name(value.dtype)}; allowed are int64, int32")
+        raise TypeError(f"{function}: target has dtype {dtype_name(value.dtype)}; allowed are int64, int32")
     if value.dim() not in dims:
         raise ValueError(f"{function}: target has shape {list(value.shape)}; it must be {shape}")
     if value.shape[0] != features.shape[0]:
@@ -88,15 +88,17 @@ def target(
     return same_device(function, "target", value, features, argument)
 
 
-def classes_in_range(function: str, target: Tensor | None, weight: Tensor) -> None:
-    """On the CPU, where it waits for nothing; kernels check by themselves, this is for the reference."""
+def classes_in_range(
+    function: str, target: Tensor | None, classes: int, source: str = "weight has {} classes"
+) -> None:
+    """On the CPU, where it waits for nothing; kernels check by themselves, this is for the reference and for
+    modules. ``source`` says where the number of classes is from."""
     if target is None or target.device.type != "cpu" or target.numel() == 0 or torch.compiler.is_compiling():
         return
-    classes = weight.shape[0]
     for index in (int(target.min()), int(target.max())):
         if not 0 <= index < classes:
             raise IndexError(
-                f"{function}: target holds class {index}; weight has {classes} classes, "
+                f"{function}: target holds class {index}; {source.format(classes)}, "
                 f"so it must be in [0, {classes})"
             )
 
@@ -134,7 +136,7 @@ def noise(function: str, value: object, features: Tensor) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{function}: noise is a {type(value).__name__}; it must be a tensor {allowed}")
     if value.dtype != torch.float32:
-        raise TypeError(f"{function}: noise has dtype {_name(value.dtype)}; it must be float32")
+        raise TypeError(f"{function}: noise has dtype {dtype_name(value.dtype)}; it must be float32")
     if value.shape != (images, height * width):
         raise ValueError(f"{function}: noise has shape {list(value.shape)}; it must be {allowed}")
     return same_device(function, "noise", value, features)
@@ -146,7 +148,7 @@ def generator(function: str, value: object, features: Tensor) -> torch.Generator
     if value.device.type != features.device.type:
         raise ValueError(
             f"{function}: generator is on {value.device} and features on {features.device}; "
-            "they must be on one device"
+            "they must be on devices of one type"
         )
     return value
 

@@ -55,13 +55,12 @@ def fused_cam(
     if target is not None:
         target = _checks.target(name, target, features, "[N] or [N, K], or None", (1, 2))
     bias = _checks.bias(name, bias, weight)
-    if not isinstance(normalize, bool):
-        raise TypeError(f"{name}: normalize is {normalize!r}; it must be True or False")
+    _checks.flag(name, "normalize", normalize)
     eps = _checks.eps(name, eps)
 
     requested = _backend.setting()
     if _backend.resolve(name, requested, features.device.type, features.dtype) == "reference":
-        _checks.classes_in_range(name, target, weight)
+        _checks.classes_in_range(name, target, weight.shape[0])
         return reference.cam(features, weight, target, bias=bias, normalize=normalize, eps=eps)
     if target is None or target.dim() == 2:
         return _Cam.apply(features, weight, target, bias, normalize, eps, requested)

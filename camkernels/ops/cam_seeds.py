@@ -91,7 +91,7 @@ def fused_cam_seeds(
     seeds_of = features if seed_features is None else seed_features
     widest = torch.float64 if seeds_of.dtype == torch.float64 else features.dtype
     if _backend.resolve(name, requested, features.device.type, widest) == "reference":
-        _checks.classes_in_range(name, target, weight)
+        _checks.classes_in_range(name, target, weight.shape[0])
         return CamSeeds(
             *reference.cam_seeds(
                 features,
@@ -117,7 +117,7 @@ def _keys(
     """The noise that decides among candidates, or None for raster order."""
     _checks.choice(function, "sampling", sampling, ("random", "first"))
     if noise is not None:
-        noise = _checks.noise(function, noise, features).detach()
+        noise = _checks.noise(function, noise, features)
     if generator is not None:
         generator = _checks.generator(function, generator, features)
     if sampling == "first":
@@ -160,7 +160,9 @@ class _CamSeeds(torch.autograd.Function):
             features, weight.flatten(1), target, seeds_of, noise, num_seeds, threshold, eps, requested
         )
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(features, weight, target, kept_map(cam, cam32), extent, indices)
+        through_map = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        for_map = (features, weight, target, kept_map(cam, cam32), extent) if through_map else (None,) * 5
+        ctx.save_for_backward(*for_map, indices)
         ctx.options = eps, requested
         # Of seed_features backward needs no value.
         ctx.own = seed_features is None
@@ -169,7 +171,7 @@ class _CamSeeds(torch.autograd.Function):
         constant = [indices, count]
         if not ctx.needs_input_grad[0 if seed_features is None else 3]:
             constant.append(vectors)
-        if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
+        if not through_map:
             constant.append(cam)
         ctx.mark_non_differentiable(*constant)
         return vectors, indices, count, cam

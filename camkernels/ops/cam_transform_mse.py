@@ -82,8 +82,7 @@ def mean_squares(
     if not isinstance(given, Transform):
         what = f"the class {given.__name__}" if isinstance(given, type) else f"a {type(given).__name__}"
         raise TypeError(f"{function}: transform is {what}; it must be one of camkernels.transforms")
-    if not isinstance(detach_weight, bool):
-        raise TypeError(f"{function}: detach_weight is a {type(detach_weight).__name__}; it must be a bool")
+    _checks.flag(function, "detach_weight", detach_weight)
     _check_pair(function, features, features_t, transform)
 
     requested = _backend.setting()

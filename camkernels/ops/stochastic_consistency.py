@@ -92,7 +92,7 @@ class _StochasticConsistency(torch.autograd.Function):
     ) -> Tensor:
         sums = torch.ops.camkernels.stochastic_consistency_fwd(vectors, order, begin, end, squared, requested)
         # Every image counts half of each of its pairs.
-        distances = vectors.shape[1] * (end - begin - 1).sum() / 2
+        distances = vectors.shape[1] * ((end - begin - 1).sum() // 2)
         divisor = distances.to(sums.dtype).clamp_min(1)  # []
         ctx.save_for_backward(vectors, order, begin, end, divisor)
         ctx.options = squared, requested

@@ -25,12 +25,14 @@ def cam_seeds(
     if sampling == "first":
         noise = torch.zeros_like(heat)
     elif noise is None:
-        noise = torch.rand(heat.shape, generator=generator, device=heat.device)
+        noise = torch.rand(heat.shape, generator=generator, device=heat.device, dtype=torch.float32)
 
     candidate = heat > threshold
     count = candidate.sum(1)
     # Stable: of equal keys the lower index comes first, with equal keys everywhere the raster order.
-    order = torch.where(candidate, noise, -torch.inf).sort(dim=1, descending=True, stable=True).indices
+    by_key = noise.sort(dim=1, descending=True, stable=True).indices
+    candidates_first = candidate.gather(1, by_key).sort(dim=1, descending=True, stable=True).indices
+    order = by_key.gather(1, candidates_first)
     turn = torch.arange(num_seeds, device=heat.device) % count.clamp_min(1)[:, None]  # [N, num_seeds]
     peak = heat.argmax(1, keepdim=True)
     indices = torch.where(count[:, None] > 0, order.gather(1, turn), peak)

@@ -71,7 +71,7 @@ struct StochasticConsistency {
   const int64_t* order;  // [N]
   const int64_t* begin;  // [N]
   const int64_t* end;    // [N]
-  int64_t seeds, depth;
+  int64_t images, seeds, depth;
   bool squared;
   void* sums;          // [N, K], accumulation type; forward only
   const void* scale;   // [], accumulation type; backward only
@@ -124,7 +124,8 @@ struct Kernels {
   void (*cam_transform_mse_bwd)(const CamTransformMse&, int64_t image_begin, int64_t image_end,
                                 int64_t channel_begin, int64_t channel_end);
   void (*cam_seeds_bwd)(const CamSeedsBwd&, int64_t image, int64_t channel_begin, int64_t channel_end);
-  // Items are places times seeds: item = place * seeds + seed.
+  // Items are seeds times places, item = seed * images + place: a group's first place does the work of all of
+  // it, and with one group only its seeds can be shared out.
   void (*stochastic_consistency_fwd)(const StochasticConsistency&, int64_t item_begin, int64_t item_end);
   void (*stochastic_consistency_bwd)(const StochasticConsistency&, int64_t item_begin, int64_t item_end);
 };

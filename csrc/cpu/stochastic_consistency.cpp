@@ -13,6 +13,7 @@ StochasticConsistency describe(const Tensor& vectors, const Tensor& order, const
   p.order = static_cast<const int64_t*>(order.const_data_ptr());
   p.begin = static_cast<const int64_t*>(begin.const_data_ptr());
   p.end = static_cast<const int64_t*>(end.const_data_ptr());
+  p.images = vectors.size(0);
   p.seeds = vectors.size(1);
   p.depth = vectors.size(2);
   p.squared = squared;

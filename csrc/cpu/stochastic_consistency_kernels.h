@@ -78,8 +78,8 @@ void stochastic_consistency_fwd(const StochasticConsistency& p, int64_t item_beg
   const std::unique_ptr<Real[]> mean(new Real[p.depth]);
   const std::unique_ptr<Real[]> staging(new Real[2 * p.depth]);
   for (int64_t item = item_begin; item < item_end; ++item) {
-    const int64_t place = item / p.seeds;
-    const Group<T> group(p, place, item % p.seeds);
+    const int64_t place = item % p.images, seed = item / p.images;
+    const Group<T> group(p, place, seed);
     const int64_t own = place - p.begin[place];
     Real sum = 0;
     if (p.squared && own == 0 && group.size > 1) {
@@ -94,7 +94,7 @@ void stochastic_consistency_fwd(const StochasticConsistency& p, int64_t item_beg
         sum += std::sqrt(squared_distance(row, group.row(member, staging.get() + p.depth), p.depth));
       }
     }
-    static_cast<Real*>(p.sums)[item] = sum;
+    static_cast<Real*>(p.sums)[place * p.seeds + seed] = sum;
   }
 }
 
@@ -106,8 +106,8 @@ void stochastic_consistency_bwd(const StochasticConsistency& p, int64_t item_beg
   const std::unique_ptr<Real[]> grad(new Real[p.depth]);
   const std::unique_ptr<Real[]> staging(new Real[2 * p.depth]);
   for (int64_t item = item_begin; item < item_end; ++item) {
-    const int64_t place = item / p.seeds;
-    const Group<T> group(p, place, item % p.seeds);
+    const int64_t place = item % p.images, seed = item / p.images;
+    const Group<T> group(p, place, seed);
     const int64_t own = place - p.begin[place];
     // Squared: the group's first place makes the gradients of all of it, which share a mean.
     if (p.squared && own != 0) continue;
