@@ -86,5 +86,8 @@ def save(
     runs = {**kept, run: {"machine": information, "rows": [asdict(row) for row in rows]}}
     content = {"schema": SCHEMA, "device": device.type, "name": name, "runs": dict(sorted(runs.items()))}
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    # All at once: a run that is cut off while it writes must not take the runs before it along.
+    written = path.with_suffix(".part")
+    written.write_text(json.dumps(content, indent=1) + "\n")
+    written.replace(path)
     return path

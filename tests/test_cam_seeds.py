@@ -632,6 +632,12 @@ def test_backward_holds_no_second_gradient(backend, device, layout, outputs):
     assert size <= most <= 1.1 * size
 
 
+def test_the_op_refuses_a_gradient_it_cannot_write_in_place():
+    grad, indices = torch.zeros(1, 2, 3, 8)[..., ::2], torch.zeros(1, 1, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"strides \(48, 24, 8, 2\); it must be contiguous or channels_last"):
+        torch.ops.camkernels.cam_seeds_bwd(grad, torch.ones(1, 1, 2), indices, True, "auto")
+
+
 @pytest.mark.parametrize("own", [True, False])
 def test_gradcheck(own):
     case = Case(dtype=torch.float64, shape=(3, 4), channels=4, images=2)

@@ -6,11 +6,12 @@ from math import exp, inf, nan
 
 import pytest
 import torch
+import torch.distributed as dist
 from cases import DEVICE, GPU
 from closeness import assert_as_close_as
 from torch import Tensor
 
-from camkernels.losses import GlobalConsistencyLoss
+from camkernels.losses import GlobalConsistencyLoss, _distributed
 
 CLASSES, SEEDS, DIM, DECAY = 5, 3, 7, 0.1
 # Class 0 several times in one batch and in all of them, 4 in none, 2 in the last one for the first time.
@@ -384,6 +385,21 @@ def test_no_synchronisation():
         loss(vectors, target).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not GPU, reason="nccl needs a GPU")
+def test_collectives_by_nccl(tmp_path):
+    """One process is all that one GPU can hold: the collectives are called, and give what was there."""
+    dist.init_process_group("nccl", init_method=(tmp_path / "rendezvous").as_uri(), rank=0, world_size=1)
+    try:
+        values = torch.randn(3, 4, device=DEVICE, requires_grad=True)
+        for collective in (_distributed._AllReduce, _distributed._AllGather):
+            result = collective.apply(values, None)
+            assert torch.equal(result, values)
+            (grad,) = torch.autograd.grad(result.square().sum(), values)
+            torch.testing.assert_close(grad, 2 * values)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_centres_begin_alike_and_leave_the_generator_alone():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from camkernels import _backend, reference
-from camkernels._library import define_op, memory_format
+from camkernels._library import define_op, memory_format, prepare_inputs
 from camkernels.ops import _checks
 from camkernels.ops._autograd import first_order
 from camkernels.ops.cam import allocate_maps, cam_backward, kept_map, suits_cuda
@@ -232,6 +232,16 @@ def _allocate_fwd(
     )
 
 
+def _prepare_bwd(grad_seed_features: Tensor, *rest: Any) -> tuple[Any, ...]:
+    """What is written in place cannot be copied first."""
+    if not grad_seed_features.is_contiguous() and memory_format(grad_seed_features) != torch.channels_last:
+        raise ValueError(
+            f"cam_seeds_bwd: grad_seed_features has strides {grad_seed_features.stride()}; it must be "
+            "contiguous or channels_last"
+        )
+    return (grad_seed_features, *prepare_inputs(*rest))
+
+
 define_op(
     "cam_seeds_fwd",
     "Tensor features, Tensor weight, Tensor target, Tensor seed_features, Tensor? noise, "
@@ -245,5 +255,6 @@ define_op(
     "Tensor(a!) grad_seed_features, Tensor grad_vectors, Tensor indices, bool add",
     (),
     allocate=lambda *args: (),
+    prepare=_prepare_bwd,
     suits_cuda=lambda grad_seed_features, *rest: suits_cuda(grad_seed_features, 1),
 )
