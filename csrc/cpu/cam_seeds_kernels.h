@@ -16,6 +16,10 @@ inline void add_row(const T* from, Accumulate<T>* to, int64_t count, Accumulate<
   for (int64_t i = 0; i < count; ++i) to[i] += row[i];
 }
 
+// Channels that are taken from the vectors together: a cache line of each seed's, which then is read once. A
+// channel at a time, seeds D apart, they would push each other out of the cache where D is a power of two.
+constexpr int64_t kColumns = 16;
+
 // Channels [begin, end) of an image whose gradient is [D, pixels].
 template <typename T>
 void scatter_planes(const CamSeedsBwd& p, int64_t image, int64_t begin, int64_t end) {
@@ -24,20 +28,26 @@ void scatter_planes(const CamSeedsBwd& p, int64_t image, int64_t begin, int64_t 
   const T* grad_vectors = static_cast<const T*>(p.grad_vectors.data) + image * p.seeds * p.depth;
   T* grad = static_cast<T*>(p.grad) + (image * p.depth + begin) * p.pixels;
   const std::unique_ptr<Real[]> plane(new Real[p.pixels]());
-  const std::unique_ptr<Real[]> column(new Real[p.seeds]);
-  for (int64_t c = begin; c < end; ++c, grad += p.pixels) {
-    for (int64_t k = 0; k < p.seeds; ++k) column[k] = to_real(grad_vectors[k * p.depth + c]);
-    for (int64_t k = 0; k < p.seeds; ++k) plane[indices[k]] += column[k];
-    if (p.add) {
-      for (int64_t k = 0; k < p.seeds; ++k) {
-        const int64_t pixel = indices[k];
-        // The sum is taken by the first seed of the pixel; to the others it is gone.
-        grad[pixel] = from_real<T>(to_real(grad[pixel]) + plane[pixel]);
-        plane[pixel] = 0;
+  const std::unique_ptr<Real[]> columns(new Real[p.seeds * kColumns]);
+  for (int64_t first = begin; first < end; first += kColumns) {
+    const int64_t count = end - first < kColumns ? end - first : kColumns;
+    for (int64_t k = 0; k < p.seeds; ++k) {
+      const T* from = grad_vectors + k * p.depth + first;
+      for (int64_t c = 0; c < count; ++c) columns[k * kColumns + c] = to_real(from[c]);
+    }
+    for (int64_t c = 0; c < count; ++c, grad += p.pixels) {
+      for (int64_t k = 0; k < p.seeds; ++k) plane[indices[k]] += columns[k * kColumns + c];
+      if (p.add) {
+        for (int64_t k = 0; k < p.seeds; ++k) {
+          const int64_t pixel = indices[k];
+          // The sum is taken by the first seed of the pixel; to the others it is gone.
+          grad[pixel] = from_real<T>(to_real(grad[pixel]) + plane[pixel]);
+          plane[pixel] = 0;
+        }
+      } else {
+        store_row(plane.get(), grad, p.pixels, p.streamed);
+        for (int64_t k = 0; k < p.seeds; ++k) plane[indices[k]] = 0;
       }
-    } else {
-      store_row(plane.get(), grad, p.pixels, p.streamed);
-      for (int64_t k = 0; k < p.seeds; ++k) plane[indices[k]] = 0;
     }
   }
 }
