@@ -307,7 +307,7 @@ def plot(measured: Sequence[Measurement], title: str, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     colours = {"eager": "#9aa5b1", "compile": "#5b8fc7", TUNED: "#2f5d92", MINE: "#d9632b"}
     directions = list(dict.fromkeys(each.mine["direction"] for each in measured))
@@ -329,7 +329,9 @@ def plot(measured: Sequence[Measurement], title: str, path: Path) -> None:
                 axis.bar_label(bars, fmt="%.1f", fontsize=7)
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_yscale("log")
+        axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5)))
         axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(ticker.NullFormatter())
         axis.set_ylabel("time / floor")
         axis.set_title(direction, fontsize=10)
         labels = [f"{each.mine['id']}\n{each.mine['variant']}" for each in shown]
