@@ -176,15 +176,17 @@ __device__ void sum_planes(const CamFront& front, int64_t image, int first_map, 
       __syncthreads();
       const int tile_begin = tile * kVec;
       const int tile_end = min(tile + lanes, row_vectors) * kVec;
+      // The tile's own pixels, which may be few of many. Each is first met in the row's first channel.
+      const int tile_pixels = min(pixels, tile_end - tile_begin);
 #pragma unroll 1
-      for (int pixel = threadIdx.x; pixel < pixels; pixel += threads) {
-        float sum = tile == 0 ? 0.0f : buffers.map[m * pixels + pixel];
-        for (int at = pixel; at < tile_end; at += pixels) {
-          if (at < tile_begin) continue;
+      for (int first = tile_begin + threadIdx.x; first < tile_begin + tile_pixels; first += threads) {
+        float* slot = buffers.map + m * pixels + first % pixels;
+        float sum = first < pixels ? 0.0f : *slot;
+        for (int at = first; at < tile_end; at += pixels) {
           const float* partial = buffers.partial + (at % kVec) * threads + (at - tile_begin) / kVec;
           for (int g = 0; g < groups; ++g) sum += partial[g * lanes];
         }
-        buffers.map[m * pixels + pixel] = sum;
+        *slot = sum;
       }
     }
   }
