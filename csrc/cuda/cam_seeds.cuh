@@ -68,7 +68,7 @@ __device__ __forceinline__ int pixel_of(uint64_t entry, int last) {
 }
 
 // Keys of all pixels; returns how many are candidates. Where none is, all pixels are keyed by the map, so
-// that the first of them is torch.argmax's. The block is synchronised.
+// that the first of them is torch.argmax's. A thread keys the pixels that it looks at in choose.
 __device__ inline int stage_keys(const CamSeedsFwd& call, int64_t image, const float* map,
                                  const SeedBuffers& buffers) {
   const int pixels = call.front.pixels();
@@ -88,7 +88,6 @@ __device__ inline int stage_keys(const CamSeedsFwd& call, int64_t image, const f
   if (count == 0) {
 #pragma unroll 1
     for (int p = threadIdx.x; p < pixels; p += blockDim.x) buffers.keys[p] = sort_key(map[p]);
-    __syncthreads();
   }
   return count;
 }
@@ -335,6 +334,11 @@ __global__ void __launch_bounds__(kThreads, kInShared ? 2 : 1)
   leave_cluster(size);
 }
 
+inline constexpr int kSeedThreads = 256;
+inline constexpr int kSeedPixels = 224;        // of one block: as many as 48 KB of shared memory hold
+inline constexpr int kSeedTurn = 128;          // seeds staged together
+inline constexpr int kSeedStride = kWarp + 1;  // neither pixels nor channels share a bank
+
 struct CamSeedsBwd {
   const void* grad_vectors;  // [N, K, D]
   const int64_t* indices;    // [N, K]
@@ -349,12 +353,10 @@ struct CamSeedsBwd {
   bool add;  // to what grad_seed_features holds
 
   __host__ __device__ int pixels() const { return height * width; }
+  __host__ __device__ int pixel_tiles() const { return (pixels() + kSeedPixels - 1) / kSeedPixels; }
+  // Tiles are alike, so that no block has next to nothing to do.
+  __host__ __device__ int tile_pixels() const { return (pixels() + pixel_tiles() - 1) / pixel_tiles(); }
 };
-
-inline constexpr int kSeedThreads = 256;
-inline constexpr int kSeedPixels = 256;        // of one block
-inline constexpr int kSeedTurn = 128;          // seeds staged together
-inline constexpr int kSeedStride = kWarp + 1;  // neither pixels nor channels share a bank
 
 struct ScatterBuffers {
   float* sums;    // [pixels of the block, kSeedStride]
@@ -364,13 +366,12 @@ struct ScatterBuffers {
 };
 
 template <typename Memory>
-__host__ __device__ ScatterBuffers take_scatter_buffers(Memory& memory, int pixels) {
-  const int most = pixels < kSeedPixels ? pixels : kSeedPixels;
+__host__ __device__ ScatterBuffers take_scatter_buffers(Memory& memory, int tile_pixels) {
   ScatterBuffers buffers;
-  buffers.sums = memory.template take<float>(most * kSeedStride);
+  buffers.sums = memory.template take<float>(tile_pixels * kSeedStride);
   buffers.staged = memory.template take<float>(kSeedTurn * kWarp);
   buffers.places = memory.template take<int>(kSeedTurn);
-  buffers.touched = memory.template take<int>(most);
+  buffers.touched = memory.template take<int>(tile_pixels);
   return buffers;
 }
 
@@ -380,18 +381,19 @@ template <typename T>
 __global__ void __launch_bounds__(kSeedThreads)
     cam_seeds_bwd_kernel(const __grid_constant__ CamSeedsBwd call) {
   const int pixels = call.pixels();
-  const int pixel_tiles = (pixels + kSeedPixels - 1) / kSeedPixels;
+  const int pixel_tiles = call.pixel_tiles();
+  const int tile_pixels = call.tile_pixels();
   const int channel_tiles = (call.depth + kWarp - 1) / kWarp;
-  const int first_pixel = static_cast<int>(blockIdx.x % pixel_tiles) * kSeedPixels;
+  const int first_pixel = static_cast<int>(blockIdx.x % pixel_tiles) * tile_pixels;
   const int first_channel = static_cast<int>(blockIdx.x / pixel_tiles % channel_tiles) * kWarp;
   const int64_t image = blockIdx.x / pixel_tiles / channel_tiles;
-  const int here = min(kSeedPixels, pixels - first_pixel);
+  const int here = min(tile_pixels, pixels - first_pixel);
   const int channels = min(kWarp, call.depth - first_channel);
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
   const int warps = blockDim.x / kWarp;
   SharedMemory memory;
-  const ScatterBuffers buffers = take_scatter_buffers(memory, pixels);
+  const ScatterBuffers buffers = take_scatter_buffers(memory, tile_pixels);
   for (int i = threadIdx.x; i < here * kSeedStride; i += blockDim.x) buffers.sums[i] = 0.0f;
   for (int i = threadIdx.x; i < here; i += blockDim.x) buffers.touched[i] = 0;
 
@@ -458,6 +460,7 @@ int64_t seeds_shared(const CamSeedsFwd& call, int threads) {
 
 // Fills in what follows from the sizes; returns how many words of scratch memory, int64_t, the call wants.
 inline int64_t plan_cam_seeds_fwd(const Hardware& hardware, CamSeedsFwd& call) {
+  dispatch(call.seeds_dtype, [](auto) {});  // float64 is refused before anything is planned for it
   plan_loads("cam_seeds_fwd", hardware, call.front, {call.front.features});
   call.seed_vectors = hardware.vectors && call.depth % (16 / size_of(call.seeds_dtype)) == 0 &&
                       aligned(call.seed_features) && aligned(call.vectors);
@@ -507,12 +510,11 @@ void launch_cam_seeds_fwd(Launcher& launcher, const CamSeedsFwd& call) {
 template <typename Launcher>
 void launch_cam_seeds_bwd(Launcher& launcher, const CamSeedsBwd& call) {
   check_pixels("cam_seeds_bwd", call.height, call.width);
-  const int64_t pixel_tiles = (call.pixels() + kSeedPixels - 1) / kSeedPixels;
   const int64_t channel_tiles = (int64_t{call.depth} + kWarp - 1) / kWarp;
   SharedSize size;
-  take_scatter_buffers(size, call.pixels());
+  take_scatter_buffers(size, call.tile_pixels());
   const int threads = std::min(launcher.hardware().threads, kSeedThreads);
-  const LaunchShape shape{call.images * channel_tiles * pixel_tiles, threads, 1, size.bytes()};
+  const LaunchShape shape{call.images * channel_tiles * call.pixel_tiles(), threads, 1, size.bytes()};
   dispatch(call.dtype,
            [&](auto element) { launcher.run(cam_seeds_bwd_kernel<decltype(element)>, shape, call); });
 }

@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kGroupThreads)
 
 struct DistanceBuffers {
   float* sums;      // [columns of a turn]
-  float* inverses;  // [kNeighbours]: 1 / distance, -1 at distance 0
+  float* inverses;  // [kNeighbours]: 1 / distance, 0 at distance 0
 };
 
 template <typename Memory>
@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(kGroupThreads)
         const float distance =
             first + i == place ? 0.0f
                                : distance_between(own, vector_at<T>(groups, first + i, seed), groups.depth);
-        if (threadIdx.x % kWarp == 0) buffers.inverses[i] = distance == 0.0f ? -1.0f : 1.0f / distance;
+        if (threadIdx.x % kWarp == 0) buffers.inverses[i] = distance == 0.0f ? 0.0f : 1.0f / distance;
       }
       __syncthreads();
 #pragma unroll 1
@@ -202,10 +202,8 @@ __global__ void __launch_bounds__(kGroupThreads)
         float sum = buffers.sums[d];
 #pragma unroll 4
         for (int i = 0; i < count; ++i) {
-          const float inverse = buffers.inverses[i];
-          // Skipped rather than times 0: what an image has no distance to, itself, may hold inf or NaN.
-          if (inverse < 0.0f) continue;
-          sum += (value - to_float(vector_at<T>(groups, first + i, seed)[first_column + d])) * inverse;
+          const float other = to_float(vector_at<T>(groups, first + i, seed)[first_column + d]);
+          sum += (value - other) * buffers.inverses[i];
         }
         buffers.sums[d] = sum;
       }
