@@ -242,13 +242,22 @@ def _prepare_bwd(grad_seed_features: Tensor, *rest: Any) -> tuple[Any, ...]:
     return (grad_seed_features, *prepare_inputs(*rest))
 
 
+def _suits_cuda(features: Tensor, num_seeds: int) -> bool:
+    """Maps that one block of any GPU has room for in its 99 KB of shared memory: besides 34 KB of weights and
+    sums it keeps 8 bytes for each pixel and for each place of a power of two that holds the seeds."""
+    pixels = features.shape[2] * features.shape[3]
+    return 8 * (pixels + 2 * min(num_seeds, pixels)) <= 65 << 10
+
+
 define_op(
     "cam_seeds_fwd",
     "Tensor features, Tensor weight, Tensor target, Tensor seed_features, Tensor? noise, "
     "SymInt num_seeds, float threshold, float eps",
     ("vectors", "indices", "count", "cam", "cam32", "extent"),
     allocate=_allocate_fwd,
-    suits_cuda=lambda features, *rest: suits_cuda(features, 1),
+    suits_cuda=lambda features, weight, target, seed_features, noise, num_seeds, *rest: _suits_cuda(
+        features, num_seeds
+    ),
 )
 define_op(
     "cam_seeds_bwd",
