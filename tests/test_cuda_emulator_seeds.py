@@ -12,6 +12,7 @@ from cuda_emulator.emulation import sampled
 
 from camkernels import fused_cam, fused_cam_seeds, reference, stochastic_consistency
 from camkernels._backend import use_backend
+from camkernels.ops.cam_seeds import _suits_cuda
 
 pytest_plugins = ["cuda_emulator.fixtures"]
 
@@ -151,6 +152,32 @@ def test_a_pixel_at_the_threshold_is_no_candidate(emulator):
     assert found.count.tolist() == [1]
 
 
+@pytest.mark.parametrize("candidates, num_seeds", [(300, 7), (339, 200)])
+def test_ties_among_pixels_that_nine_bits_count(emulator, candidates, num_seeds):
+    """Noise alone decides little: the lower of equal pixels comes first, by both digits of its index."""
+    features, weight = planted(candidates, 340)
+    noise = keys(2, 340, candidates, levels=2)
+    arguments = features.view(2, 3, 17, 20), weight, torch.tensor([0, 1]), num_seeds
+    truth = reference.cam_seeds(*arguments, noise=noise)
+    with emulator.on(seed=num_seeds), use_backend("triton"):
+        found = fused_cam_seeds(*arguments, noise=noise)
+    for ours, theirs in zip(found, truth, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("noisy", [True, False], ids=["random", "first"])
+def test_without_a_candidate_the_peak_is_taken(emulator, noisy):
+    """The threshold rounds to 1, which no map exceeds; and where the largest is infinite the peak is NaN."""
+    cells = torch.tensor([[0.0, 1.0, 5.0, 2.0, 5.0, 3.0], [4.0, 1.0, 0.0, 7.0, torch.inf, 7.0]])
+    arguments = cells.view(2, 1, 2, 3), torch.ones(1, 1), torch.tensor([0, 0]), 3
+    noise = keys(2, 6) if noisy else None
+    truth = reference.cam_seeds(*arguments, threshold=1 - 1e-9, **sampling_of(noise))
+    with use_backend("triton"):
+        found = fused_cam_seeds(*arguments, threshold=1 - 1e-9, **sampling_of(noise))
+    assert found.indices.tolist() == truth[1].tolist() == [[2] * 3, [4] * 3]
+    assert found.count.tolist() == truth[2].tolist() == [0, 0]
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("noisy", [True, False], ids=["random", "first"])
 def test_maps_without_a_candidate(emulator, layout, noisy):
@@ -188,19 +215,51 @@ def test_large_maps_and_many_seeds_in_one_launch(emulator, dtype, cluster, noisy
     with emulator.on(cluster=cluster, threads=512, shared_limit=163 << 10), use_backend("triton"):
         found = fused_cam_seeds(*arguments, threshold=0.25, **sampling_of(noise))
     assert emulator.launches["cam_seeds_fwd"] == 1
+    assert emulator.shapes["cam_seeds_fwd"].shared > 8 * 4096  # map and keys are there
     for ours, theirs in zip(found[:3], truth[:3], strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("shape, num_seeds", [((90, 90), 110), ((66, 95), 1025), ((47, 59), 9999)])
+def test_what_auto_leaves_to_cuda_fits_into_shared_memory(emulator, shape, num_seeds):
+    """Of the GPUs that give a block the least. float16 wants the most room."""
+    pixels = math.prod(shape)
+    features, weight = planted(3, pixels, images=1, channels=8, dtype=torch.float16)
+    features = features.view(1, 8, *shape)
+    assert _suits_cuda(features, num_seeds)
+    assert not _suits_cuda(torch.empty(1, 8, pixels + 3, 1), num_seeds + 3)
+    with emulator.on(threads=512, shared_limit=99 << 10), use_backend("triton"):
+        fused_cam_seeds(features, weight, torch.tensor([0]), num_seeds, sampling="first")
+    assert emulator.shapes["cam_seeds_fwd"].shared > 8 * pixels
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_shared_memory_of_one_block_but_not_of_a_cluster(emulator, layout):
+    """A cluster's blocks have a second map each."""
+    case = Case(shape=(30, 40), channels=64, maps="ties", images=2, layout=layout)
+    arguments = case.features(), case.weight(), case.target(), 5
+    noise = keys(2, 1200)
+    found = []
+    with use_backend("triton"):
+        for shared_limit in (1 << 17, 30 << 10):
+            with emulator.on(cluster=8, shared_limit=shared_limit):
+                found.append(fused_cam_seeds(*arguments, noise=noise))
+            shape = emulator.shapes["cam_seeds_fwd"]
+            assert shape.cluster == (8 if shared_limit == 1 << 17 else 1)
+            assert shape.shared > (16 << 10) + 8 * 1200  # weights, map and keys: no scratch memory
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     "dtype, num_seeds, noisy",
-    [(DTYPES[0], 3, True), (DTYPES[1], 1400, True), (DTYPES[2], 50, False)],
+    [(DTYPES[0], 3, True), (DTYPES[1], 1353, True), (DTYPES[1], 1400, True), (DTYPES[2], 50, False)],
     ids=str,
 )
 def test_maps_too_large_for_shared_memory(emulator, dtype, num_seeds, noisy, layout):
-    case = Case(dtype=dtype, shape=(33, 40), channels=16, maps="ties", images=3, layout=layout)
-    noise = keys(3, 1320, levels=100) if noisy else None
+    case = Case(dtype=dtype, shape=(33, 41), channels=16, maps="ties", images=3, layout=layout)
+    noise = keys(3, 1353, levels=100) if noisy else None
     arguments = case.features(), case.weight(), case.target(), num_seeds
     truth = reference.cam_seeds(*arguments, threshold=0.25, **sampling_of(noise))
     with emulator.on(cluster=4, shared_limit=20 << 10), use_backend("triton"):
@@ -241,11 +300,35 @@ def test_vectors_are_copied_bit_by_bit(emulator, dtype, layout, depth, num_seeds
         assert torch.equal(found.vectors.view(whole), wanted)
 
 
+@pytest.mark.parametrize("depth", [8, 64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_channels_last_vectors_at_any_address(emulator, dtype, depth):
+    """Whole vectors in number, but not where 16 bytes can be read at once."""
+    features, weight = planted(20, 35)
+    shape = 2, 5, 7, depth
+    values = torch.randn(math.prod(shape), generator=torch.Generator().manual_seed(depth)).to(dtype)
+    for offset in (0, 1):
+        seed_features = torch.cat([values[:offset], values])[offset:].view(shape).permute(0, 3, 1, 2)
+        with use_backend("triton"):
+            found = fused_cam_seeds(
+                features.view(2, 3, 5, 7), weight, torch.tensor([0, 1]), 9, seed_features=seed_features
+            )
+        wanted = seed_features.flatten(2).mT.take_along_dim(found.indices[..., None], 1)
+        assert torch.equal(found.vectors, wanted)
+
+
+def test_float64_vectors_are_refused(emulator):
+    features, weight = planted(2, 6)
+    arguments = features.view(2, 3, 2, 3), weight, torch.tensor([[0], [1]])
+    with pytest.raises(RuntimeError, match="compute in float32, not float64"):
+        torch.ops.camkernels.cam_seeds_fwd(*arguments, arguments[0].double(), None, 2, 0.7, 1e-8, "triton")
+
+
 SCATTERED = list(
     itertools.product(
         DTYPES,
         ("contiguous", "channels_last", "offset"),
-        ((7, 7), (17, 40), (1, 1)),  # the second is more than a block takes
+        ((7, 7), (17, 40), (1, 1), (15, 15)),  # the second and the last are more than a block takes
         ((33, 7), (64, 300), (5, 130)),  # depth and seeds; 128 are staged together
         (False, True),
     )
@@ -275,16 +358,30 @@ def test_gradient_of_vectors(emulator, dtype, layout, shape, sizes, add):
     assert torch.equal(buffer.flatten(2), wanted.to(dtype))
 
 
+@pytest.mark.parametrize("shape, tiles", [((14, 14), 1), ((28, 28), 4), ((8, 28), 1), ((15, 15), 2)])
+def test_blocks_of_the_gradient_are_alike_and_small(emulator, shape, tiles):
+    """Tiles of as many pixels as each other, within the shared memory that a block gets without asking."""
+    buffer = torch.empty(3, 40, *shape)
+    indices = torch.zeros(3, 5, dtype=torch.int64)
+    with emulator.on(shared_limit=48 << 10, threads=512):
+        torch.ops.camkernels.cam_seeds_bwd(buffer, torch.ones(3, 5, 40), indices, False, "triton")
+    launched = emulator.shapes["cam_seeds_bwd"]
+    assert launched.blocks == 3 * 2 * tiles
+    assert launched.shared <= (17 << 10) + 136 * -(-math.prod(shape) // tiles)
+
+
 @pytest.mark.parametrize("add", [False, True])
 def test_adding_touches_pixels_of_seeds_only(emulator, add):
     """Also an index that is no pixel writes nothing."""
     indices = torch.tensor([[4, -1, 9, 2**40, 4, -(2**33) + 5]])
-    buffer = torch.full((1, 2, 3, 3), torch.nan)
+    # To add 0 to -0 makes it 0.
+    buffer = torch.full((1, 2, 3, 3), -0.0 if add else torch.nan)
     buffer[..., 1, 1] = 1.0
     torch.ops.camkernels.cam_seeds_bwd(buffer, torch.ones(1, 6, 2), indices, add, "triton")
     assert torch.equal(buffer[..., 1, 1], torch.full((1, 2), 3.0 if add else 2.0))
     others = buffer.flatten(2)[..., [0, 1, 2, 3, 5, 6, 7, 8]]
-    assert others.isnan().all() if add else not others.any()
+    assert not others.any()
+    assert (others.signbit() == add).all()
 
 
 def test_the_order_of_threads_changes_no_seed(emulator):
@@ -372,3 +469,35 @@ def test_an_image_without_a_pair_counts_nothing(emulator, squared):
     alone = run("triton", stochastic_consistency, [vectors[1:2]], target[1:2], squared=squared)
     assert alone.values[0] == 0
     assert not alone.grads[0].any()
+
+
+@pytest.mark.parametrize("squared", [True, False], ids=["squared", "plain"])
+@pytest.mark.parametrize("scale", [math.inf, math.nan])
+def test_an_image_without_a_pair_has_no_gradient(emulator, scale, squared):
+    """Whatever comes from above."""
+    vectors = torch.randn(3, 2, 40, generator=torch.Generator().manual_seed(0))
+    order = torch.tensor([1, 0, 2])
+    begin, end = torch.tensor([0, 1, 1]), torch.tensor([1, 3, 3])
+    grads = torch.ops.camkernels.stochastic_consistency_bwd(
+        vectors, torch.tensor(scale), order, begin, end, squared, "triton"
+    )
+    assert not grads[1].any()
+    assert not grads[[0, 2]].isfinite().any()
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize("squared", [True, False], ids=["squared", "plain"])
+def test_what_is_not_finite_reaches_its_own_group(emulator, value, squared):
+    """A vector equal to itself, or to another, has a distance of 0 there and nothing from it."""
+    vectors = torch.randn(6, 2, 40, generator=torch.Generator().manual_seed(0))
+    vectors[2] = vectors[0]
+    vectors[4, 0, 7] = value
+    target = torch.tensor([1, 0, 1, 0, 0, 1])
+    found = run("triton", stochastic_consistency, [vectors], target, squared=squared)
+    plain = run("reference", reference.stochastic_consistency, [vectors], target, squared=squared)
+    same = torch.zeros(6, 2, 1, dtype=torch.bool)
+    same[[1, 3, 4], 0] = True  # their group and seed holds it
+    same = same.expand_as(vectors)
+    assert found.grads[0][~same].isfinite().all()
+    assert torch.equal(found.grads[0].isfinite(), plain.grads[0].isfinite())
+    assert not plain.grads[0][same].isfinite().all()

@@ -27,10 +27,9 @@ using emulator::cluster_peer;
 using emulator::cluster_rank;
 using emulator::cluster_size;
 using emulator::cluster_wait;
+using emulator::load_global;
 using emulator::SharedMemory;
-
-__device__ inline uint4 load_global(const uint4* from) { return *from; }
-__device__ inline void store_global(uint4* to, uint4 value) { *to = value; }
+using emulator::store_global;
 
 #else
 

@@ -10,7 +10,8 @@
 // barrier lets a reader run before its writer, and the result changes. Shared memory starts as NaN, so
 // reading what nobody wrote shows in the result. A barrier or shuffle that the threads of a block, warp or
 // cluster do not all reach at the same source line is an error, and so are a kernel that deadlocks, a cluster
-// barrier arrived at but not waited for, and a launch that no GPU takes.
+// barrier arrived at but not waited for, a 16-byte access to an address that is not a multiple of 16, and a
+// launch that no GPU takes.
 //
 // Dynamic shared memory comes through emulator::SharedMemory: each array is a heap block of its own, so an
 // access past its end shows under AddressSanitizer. Static __shared__ variables are thread_local ones, of
@@ -209,7 +210,7 @@ class Machine {
     require("blocks", shape.blocks, 1, kMaxBlocks);
     require("threads in a block", shape.threads, 1, kMaxThreads);
     require("blocks in a cluster", shape.cluster, 1, kMaxCluster);
-    require("bytes of shared memory", shape.shared, 0, kMaxShared);
+    require("bytes of shared memory", shape.shared, 0, max_shared);
     if (shape.threads % kWarpSize != 0 || shape.blocks % shape.cluster != 0) {
       throw std::runtime_error("the emulator wants whole warps and whole clusters");
     }
@@ -341,6 +342,7 @@ class Machine {
   }
 
   int64_t launches = 0;
+  int64_t max_shared = kMaxShared;  // bytes that a block may have
 
  private:
   void run_cluster(int64_t index) {
@@ -502,6 +504,21 @@ inline void cluster_wait() { Machine::instance().wait_for_cluster(); }
 template <typename T>
 const T* cluster_peer(const T* address, int rank) {
   return static_cast<const T*>(Machine::instance().peer(address, rank));
+}
+
+inline void require_alignment(const void* address) {
+  if (reinterpret_cast<uintptr_t>(address) % 16 == 0) return;
+  throw std::runtime_error("a 16-byte access to an address that is not a multiple of 16");
+}
+
+inline uint4 load_global(const uint4* from) {
+  require_alignment(from);
+  return *from;
+}
+
+inline void store_global(uint4* to, uint4 value) {
+  require_alignment(to);
+  *to = value;
 }
 
 class SharedMemory {

@@ -30,6 +30,7 @@ class EmulatorLauncher {
     hardware_.threads = setting.threads;
     hardware_.smallest_share = 0;
     hardware_.vectors = setting.vectors != 0;
+    emulator::Machine::instance().max_shared = std::min<int64_t>(setting.shared_limit, emulator::kMaxShared);
   }
 
   const Hardware& hardware() const { return hardware_; }
@@ -67,6 +68,15 @@ using namespace camkernels::cuda;
 extern "C" {
 
 const char* emulator_error() { return last_error.c_str(); }
+
+// blocks, threads, cluster and bytes of shared memory of the last launch
+void emulator_shape(int64_t* shape) {
+  const emulator::Shape& last = emulator::Machine::instance().shape();
+  shape[0] = last.blocks;
+  shape[1] = last.threads;
+  shape[2] = last.cluster;
+  shape[3] = last.shared;
+}
 
 int64_t emulator_sizes(int64_t* sizes) {
   sizes[0] = sizeof(CamFwd);

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -322,6 +322,15 @@ def _channels_last(tensor: Tensor) -> bool:
     return tensor.shape[1] > 1 and tensor.stride(1) == 1
 
 
+class Shape(NamedTuple):
+    """Of a launch."""
+
+    blocks: int
+    threads: int
+    cluster: int
+    shared: int
+
+
 @dataclass
 class Emulator:
     """Launchers with the names and arguments of the ops, as ``camkernels.triton`` has them."""
@@ -333,6 +342,7 @@ class Emulator:
     seed: int = 0
     shared_limit: int = 227 << 10  # as on sm_90
     launches: dict[str, int] = field(default_factory=dict)
+    shapes: dict[str, Shape] = field(default_factory=dict)  # of each op's last launch
 
     @staticmethod
     def load(path: Path) -> "Emulator":
@@ -375,6 +385,9 @@ class Emulator:
         if launched < 0:
             raise RuntimeError(f"{name} (seed {self.seed}): {self.library.emulator_error().decode()}")
         self.launches[name] = launched
+        shape = (_I64 * len(Shape._fields))()
+        self.library.emulator_shape(shape)
+        self.shapes[name] = Shape(*shape)
 
     @staticmethod
     def _front(
