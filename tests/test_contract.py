@@ -13,6 +13,7 @@ from camkernels import (
     fused_cam_erase,
     fused_cam_seeds,
     fused_cam_transform_mse,
+    reference,
     stochastic_consistency,
 )
 from camkernels.transforms import Affine, HorizontalFlip, Rotate90, Scale, Translate
@@ -565,8 +566,10 @@ class TestOnAGpu:
             finally:
                 torch.cuda.set_sync_debug_mode("default")
 
-    def test_seeds_in_a_cuda_graph(self, backend):
-        case = Case(device="cuda", channels=64, maps="ties")
+    @pytest.mark.parametrize("channels, shape", [(64, (7, 7)), (8, (177, 177))])
+    def test_seeds_in_a_cuda_graph(self, backend, channels, shape):
+        """For the large map the CUDA kernel has scratch memory."""
+        case = Case(device="cuda", channels=channels, shape=shape, maps="ties")
         inputs, target, noise = seeds_inputs(case)
 
         def step():
@@ -586,6 +589,20 @@ class TestOnAGpu:
             graph.replay()
             fresh = step()
         assert all(torch.equal(a, b) for a, b in zip(captured, fresh, strict=True))
+
+    @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+    @pytest.mark.parametrize("shape, num_seeds", [((64, 64), 1024), ((177, 177), 300)])
+    def test_many_seeds_of_large_maps(self, backend, shape, num_seeds, layout):
+        """In one block's shared memory, and in scratch memory. Integers in the features: maps agree."""
+        case = Case(device="cuda", shape=shape, channels=8, maps="ties", layout=layout)
+        (features, weight), target, noise = seeds_inputs(case)
+        with camkernels.use_backend(backend):
+            found = fused_cam_seeds(features, weight, target, num_seeds, threshold=0.25, noise=noise)
+        on_host = [x.detach().cpu() for x in (features, weight, target)]
+        truth = reference.cam_seeds(*on_host, num_seeds, threshold=0.25, noise=noise.cpu())
+        assert truth[2].min() > num_seeds
+        for ours, theirs in zip(found[:3], truth[:3], strict=True):
+            assert torch.equal(ours.cpu(), theirs)
 
     def test_launches_of_seeds(self, backend):
         """With the noise given; drawing it is one more."""

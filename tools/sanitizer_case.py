@@ -42,6 +42,15 @@ def seeds_and_their_consistency(features: torch.Tensor, weight: torch.Tensor, ta
                 ).backward()
 
 
+def seeds_of_a_large_map(layout: torch.memory_format) -> None:
+    # Its keys are in scratch memory on every GPU; an odd number of pixels.
+    features = torch.randn(1, 8, 177, 177, device="cuda").to(memory_format=layout).requires_grad_()
+    weight = torch.randn(2, 8, device="cuda").requires_grad_()
+    for num_seeds in (3, 300):
+        seeds = camkernels.fused_cam_seeds(features, weight, torch.tensor([1], device="cuda"), num_seeds)
+        (seeds.vectors.square().sum() + seeds.cam.square().sum()).backward()
+
+
 def main() -> None:
     draw = torch.Generator("cuda").manual_seed(0)
     layouts = (torch.contiguous_format, torch.channels_last)
@@ -67,6 +76,8 @@ def main() -> None:
             seeds_and_their_consistency(features, weight, target)
             for classes in (target, target[:, None].expand(2, 3).contiguous(), None):
                 camkernels.fused_cam(features, weight, classes).float().square().sum().backward()
+        for layout in layouts:
+            seeds_of_a_large_map(layout)
     torch.cuda.synchronize()
 
 
