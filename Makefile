@@ -23,7 +23,7 @@ help:
 install: $(VENV)/.built
 
 $(VENV)/.packages: requirements.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "camkernels needs Python 3.10 or newer; make PYTHON=...")'
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13) and "the pinned packages need Python 3.10 to 3.13; make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@

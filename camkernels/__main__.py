@@ -51,6 +51,7 @@ def doctor() -> None:
     rows.append(
         ("backend asked for", f"{_backend.setting()} ({_backend.ENVIRONMENT_VARIABLE} or use_backend)")
     )
+    rows.append(("scikit-image", f"{_version('scikit-image')} (camkernels.metrics needs it)"))
     for label, value in rows:
         print(f"{label:<18} {value}")
 
@@ -73,7 +74,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m camkernels", description=__doc__)
     parser.add_argument("command", choices=["doctor"], help="doctor: what works on this machine, and why not")
     parser.parse_args()
-    doctor()
+    try:
+        doctor()
+    except ValueError as error:  # a wrong name in CAMKERNELS_BACKEND
+        raise SystemExit(str(error)) from None
 
 
 if __name__ == "__main__":

@@ -8,7 +8,12 @@ that of the image's class, min-max normalised, as ``fused_cam(features, weight, 
     boxes = cam_boxes(maps, threshold, (224, 224))
     errors = localization_errors(boxes, logits, target, truth)
 
-Boxes are ``(x0, y0, x1, y1)`` in pixels of the image: first column and row inside, first ones behind.
+Boxes are ``(x0, y0, x1, y1)`` in pixels of the image: first column and row inside, first ones behind. Those
+given as ``(x, y, width, height)``, such as CUB's, are ``(x, y, x + width, y + height)``; to inclusive
+corners, such as ILSVRC's, add 1 at the end. Where images have several boxes,
+``torch.nn.utils.rnn.pad_sequence`` makes one tensor of them. ``size`` is one for all images: boxes must have
+gone through the same resizing and cropping. For a whole test set collect maps and logits of all batches
+first: shares of batches of different size have no plain mean.
 """
 
 from collections.abc import Iterator, Sequence
@@ -53,7 +58,7 @@ def cam_boxes(maps: Tensor, threshold: float, size: tuple[int, int] | None = Non
         threshold, such as a constant one or one of NaN, has the empty box (0, 0, 0, 0).
 
     Raises:
-        ImportError: scikit-image, which finds the regions, is missing: ``pip install camkernels[metrics]``.
+        ImportError: scikit-image, which finds the regions, is missing: ``pip install scikit-image``.
         ValueError, TypeError: bad shape, dtype, threshold or size; the message says which.
 
     Source: Zhang et al., ECCV 2020 (I2C), end of section 3.3; Zhou et al., CVPR 2016 (CAM).
@@ -145,7 +150,7 @@ def choose_threshold(
     truth: Tensor,
     size: tuple[int, int] | None = None,
     *,
-    thresholds: Sequence[float] = THRESHOLDS,
+    thresholds: Sequence[float] | Tensor = THRESHOLDS,
     iou: float = 0.5,
 ) -> float:
     """The threshold with the fewest wrong boxes. Choose it on images that are kept from the test.
@@ -162,7 +167,7 @@ def choose_threshold(
         two in the middle): where they are neighbours it lies farthest from where boxes get worse.
 
     Raises:
-        ImportError: scikit-image is missing: ``pip install camkernels[metrics]``.
+        ImportError: scikit-image is missing: ``pip install scikit-image``.
         ValueError, TypeError: no image at all, no threshold, or a bad argument; the message says which.
     """
     function = "choose_threshold"
@@ -187,7 +192,7 @@ def _measure(function: str) -> Any:
         from skimage import measure
     except ImportError as error:
         raise ImportError(
-            f"{function}: needs scikit-image for connected regions: pip install camkernels[metrics]"
+            f"{function}: needs scikit-image for connected regions: pip install scikit-image"
         ) from error
     return measure
 
@@ -230,6 +235,12 @@ def _maps(function: str, value: object) -> Tensor:
         raise ValueError(
             f"{function}: maps has shape {list(value.shape)}; H and W must be at least 1 (N may be 0)"
         )
+    if bool(((value < 0) | (value > 1)).any()):
+        low, high = (x.item() for x in value[~value.isnan()].aminmax())
+        raise ValueError(
+            f"{function}: maps holds values from {low:g} to {high:g}; it must be normalised to [0, 1], as "
+            "fused_cam gives it"
+        )
     return value
 
 
@@ -243,7 +254,8 @@ def _boxes(function: str, argument: str, value: object, shape: str, dims: Sequen
         raise ValueError(f"{function}: {argument} has shape {list(value.shape)}; it must be {shape}")
     if not bool((value[..., 2:] >= value[..., :2]).all()):  # a NaN fails as well
         raise ValueError(
-            f"{function}: {argument} holds a box that ends before it begins; boxes must be (x0, y0, x1, y1)"
+            f"{function}: {argument} holds a box that ends before it begins; boxes must be "
+            "(x0, y0, x1, y1), not (x, y, width, height)"
         )
     return value
 
@@ -283,6 +295,8 @@ def _target(function: str, value: object, logits: Tensor) -> Tensor:
 
 def _thresholds(function: str, value: object) -> list[float]:
     """In rising order, each once."""
+    if hasattr(value, "tolist"):  # a tensor or an array
+        value = value.tolist()
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise TypeError(
             f"{function}: thresholds is a {type(value).__name__}; it must be a sequence of numbers {_UNIT}"

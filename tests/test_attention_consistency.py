@@ -297,7 +297,12 @@ def test_bad_features_t(features_t, error, message):
     ("features", "weight", "error", "message"),
     [
         ([X], W, TypeError, "features is a list; it must be a tensor [N, C, H, W]"),
-        (X, W[:, 1:], ValueError, "weight has 4 channels and features 5; they must be equal"),
+        (
+            X,
+            W[:, 1:],
+            ValueError,
+            f"weight has 4 channels and features 5, being {list(X.shape)}; they must be equal",
+        ),
         (X[0], W, ValueError, "features has shape [5, 4, 4]; it must be [N, C, H, W]"),
     ],
 )

@@ -54,7 +54,16 @@ SHARED = [
         "weight has shape [5, 3, 3, 3]; it must be [L, C] or [L, C, 1, 1]",
     ),
     ({"weight": WEIGHT[:0]}, ValueError, "weight has shape [0, 3]; L must be at least 1"),
-    ({"weight": WEIGHT[:, :2]}, ValueError, "weight has 2 channels and features 3; they must be equal"),
+    (
+        {"weight": WEIGHT[:, :2]},
+        ValueError,
+        "weight has 2 channels and features 3, being [2, 3, 4, 4]; they must be equal",
+    ),
+    (
+        {"weight": torch.nn.Linear(3, 5)},
+        TypeError,
+        "weight is a Linear; it must be a tensor [L, C] or [L, C, 1, 1]: pass its .weight",
+    ),
     (
         {"weight": WEIGHT.to("meta")},
         ValueError,

@@ -107,7 +107,7 @@ def test_compiled(ranks, alone, loss, rank):
 def test_unequal_vectors_raise_on_every_rank(ranks, kind, shapes):
     expected = (
         f"StochasticConsistencyLoss: vectors is {shapes} on the ranks; with gather=True shapes and dtypes "
-        "must be equal"
+        "must be equal (the last batch of a DataLoader? drop_last=True)"
     )
     assert [found[kind] for _, found in ranks] == [expected] * RANKS
 

@@ -11,6 +11,7 @@ from cases import DEVICE, GPU
 from closeness import assert_as_close_as
 from torch import Tensor
 
+from camkernels import CamSeeds
 from camkernels.losses import GlobalConsistencyLoss, _distributed
 
 CLASSES, SEEDS, DIM, DECAY = 5, 3, 7, 0.1
@@ -496,6 +497,12 @@ V, T = torch.zeros(2, SEEDS, DIM), torch.zeros(2, dtype=torch.int64)
     ("position", "value", "error", "message"),
     [
         (0, [1.0], TypeError, "vectors is a list; it must be a tensor [N, K, D]"),
+        (
+            0,
+            CamSeeds(*4 * [torch.zeros(1)]),
+            TypeError,
+            "vectors is a CamSeeds; it must be a tensor [N, K, D]: pass its .vectors",
+        ),
         (0, V.int(), TypeError, "vectors has dtype int32; allowed are float32, float16, bfloat16, float64"),
         (0, V[0], ValueError, "vectors has shape [3, 7]; it must be [N, K, D]"),
         (

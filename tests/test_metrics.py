@@ -10,7 +10,7 @@ import camkernels
 from camkernels import metrics
 from camkernels.metrics import box_iou, cam_boxes, choose_threshold, localization_errors
 
-pytest.importorskip("skimage", reason="boxes need scikit-image (camkernels[metrics])")
+pytest.importorskip("skimage", reason="boxes need scikit-image (pip install scikit-image)")
 
 ALL = [0, 0, 4, 4]
 
@@ -180,6 +180,7 @@ def test_threshold_of_least_error():
     assert chosen == 0.45
     assert choose_threshold(heat, truth, thresholds=[0.5, 0.35, 0.35, 0.1, 0.4, 0.9, 0.55]) == 0.4
     assert choose_threshold(heat, truth, thresholds=[0.9]) == 0.9
+    assert choose_threshold(heat, truth, thresholds=torch.tensor([0.25, 0.5])) in (0.25, 0.5)
 
 
 def test_threshold_weighs_all_images_and_resizes():
@@ -204,7 +205,7 @@ def test_importing_camkernels_leaves_scikit_image_alone():
 def test_missing_scikit_image_is_said_plainly(monkeypatch):
     monkeypatch.setitem(sys.modules, "skimage", None)
     heat, truth = drawn("99 .."), torch.tensor([[0, 0, 2, 1]])
-    message = r"needs scikit-image for connected regions: pip install camkernels\[metrics\]"
+    message = r"needs scikit-image for connected regions: pip install scikit-image"
     with pytest.raises(ImportError, match="cam_boxes: " + message):
         cam_boxes(heat, 0.5)
     with pytest.raises(ImportError, match="choose_threshold: " + message):
@@ -227,6 +228,11 @@ SIZE = "it must be a pair (height, width) of integers of at least 1, or None"
 
 ABOUT_MAPS = [
     ({"maps": [1.0]}, TypeError, "maps is a list; it must be a tensor [N, H, W]"),
+    (
+        {"maps": 10 * torch.eye(4).expand(2, 4, 4) - 2},
+        ValueError,
+        "maps holds values from -2 to 8; it must be normalised to [0, 1], as fused_cam gives it",
+    ),
     (
         {"maps": MAPS.byte()},
         TypeError,
@@ -256,7 +262,8 @@ ABOUT_TRUTH = [
     (
         {"truth": torch.tensor([ALL, [3, 0, 1, 1]])},
         ValueError,
-        "truth holds a box that ends before it begins; boxes must be (x0, y0, x1, y1)",
+        "truth holds a box that ends before it begins; boxes must be "
+        "(x0, y0, x1, y1), not (x, y, width, height)",
     ),
 ]
 ABOUT_BOXES = [
@@ -265,7 +272,8 @@ ABOUT_BOXES = [
     (
         {"boxes": torch.full((2, 4), float("nan"))},
         ValueError,
-        "boxes holds a box that ends before it begins; boxes must be (x0, y0, x1, y1)",
+        "boxes holds a box that ends before it begins; boxes must be "
+        "(x0, y0, x1, y1), not (x, y, width, height)",
     ),
     ({"truth": BOXES[:1]}, ValueError, "truth has 1 images and boxes 2; they must be equal"),
 ]

@@ -59,7 +59,7 @@ def check_alike(function: str, argument: str, own: Tensor, group: "dist.ProcessG
     if any(one != found[0] for one in found):
         raise ValueError(
             f"{function}: {argument} is {', '.join(found)} on the ranks; with gather=True shapes and dtypes "
-            "must be equal"
+            "must be equal (the last batch of a DataLoader? drop_last=True)"
         )
 
 

@@ -41,9 +41,12 @@ class GlobalConsistencyLoss(nn.Module):
     move, without gradient, those of the classes in the batch. ``t_y`` counts how often class y has moved: at
     first eta is 1 and the centre becomes ``a_y``; the more steps, the steadier it is.
 
-        criterion = GlobalConsistencyLoss(num_classes=200, dim=768)
+        criterion = GlobalConsistencyLoss(num_classes=200, dim=768, preset="official")
         seeds = fused_cam_seeds(features, classifier.weight, target, num_seeds=3)
         loss = classification_loss + 0.001 * criterion(seeds.vectors, target)
+
+    That weight is the released code's, for plain distances; squared ones want a smaller one. Make the module
+    a part of the model: then ``model.eval()`` stops the centres and the model's state holds them.
 
     Args:
         num_classes: Y.
@@ -51,7 +54,7 @@ class GlobalConsistencyLoss(nn.Module):
         decay: in (0, 1); the released code has 0.002.
         preset: ``"paper"`` or ``"official"``, the released code; see below.
         process_group: ranks that share the centres where ``torch.distributed`` is initialised; by default
-            all.
+            all. A module that holds one can be neither copied nor pickled.
 
     Call with:
         vectors: seed vectors, ``[N, K, D]``, as ``fused_cam_seeds`` returns them.
@@ -61,18 +64,21 @@ class GlobalConsistencyLoss(nn.Module):
         A scalar. It is float32 for half types, as under autocast; float64 if ``vectors`` or the centres are.
 
     State: the buffers ``centres``, ``[Y, D]`` float32, and ``counters``, ``[Y]`` int64. Centres begin as
-        standard normal numbers, always the same ones, so that ranks agree and PyTorch's own generator is left
-        alone. In evaluation mode nothing moves. A class whose mean is not finite, as in a step that a
-        ``GradScaler`` skips, keeps centre and counter, and the loss shows it.
+        standard normal numbers, always the same ones, so that ranks agree and PyTorch's own generator is
+        left alone; the first time that a class comes its loss is the distance to these. Every forward in
+        training mode moves centres, under ``torch.no_grad()`` as well: keep the module out of checkpointed
+        regions, which run it twice. In evaluation mode nothing moves. ``half()`` of the whole model rounds
+        the centres. A class whose mean is not finite, as in a step that a ``GradScaler`` skips, keeps centre
+        and counter, and the loss shows it.
     Gradients: ``vectors``; that of a plain distance of 0 is 0.
     Numerics: float32 inside for half types. Deterministic on the CPU, and on a GPU where
         ``torch.use_deterministic_algorithms(True)`` is on; else its sums take any order.
 
     With several ranks the sums and counts of all are added, in one collective: ``a_y`` is the mean over the
     whole batch, and every rank ends with the loss and the centres that one process would have. Ranks may
-    bring batches of different size, also empty ones, but each must take part. The gradient reaches the rank's
-    own vectors, multiplied by the number of ranks: so the average of ``DistributedDataParallel`` is the
-    gradient that one process would have with the whole batch.
+    bring batches of different size, also empty ones, but each must take part, in evaluation mode too. The
+    gradient reaches the rank's own vectors, multiplied by the number of ranks: so the average of
+    ``DistributedDataParallel`` is the gradient that one process would have with the whole batch.
 
     Where paper and released code (github.com/xiaomengyc/I2C) differ:
 
@@ -91,9 +97,9 @@ class GlobalConsistencyLoss(nn.Module):
     Raises:
         TypeError: an argument is of the wrong type or dtype.
         ValueError: a wrong shape, device or option.
-        IndexError: a class index outside [0, Y) on the CPU. On a GPU, where looking would mean waiting, and
-            in a compiled graph the loss is NaN instead; no centre moves by that image, and the first or last
-            class keeps its own.
+        IndexError: a class index outside [0, Y) on the CPU, on the rank that has it, while others wait for
+            it. On a GPU, where looking would mean waiting, and in a compiled graph the loss is NaN instead;
+            no centre moves by that image, and the first or last class keeps its own.
 
     Source: Zhang et al., ECCV 2020, eq. 2-5.
     """
@@ -106,6 +112,7 @@ class GlobalConsistencyLoss(nn.Module):
         num_classes: int,
         dim: int,
         decay: float = 0.002,
+        *,
         preset: str = "paper",
         process_group: "dist.ProcessGroup | None" = None,
     ) -> None:

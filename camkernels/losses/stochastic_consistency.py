@@ -13,11 +13,15 @@ class StochasticConsistencyLoss(nn.Module):
 
         loss = mean over pairs (i, j) of one class, and over seeds k, of ||v[i, k] - v[j, k]||**2
 
-    and 0 where the batch holds no pair.
+    and 0 where the batch holds no pair: draw batches with two or more images of a class, for adjacent pairs
+    side by side.
 
-        criterion = StochasticConsistencyLoss()
+        criterion = StochasticConsistencyLoss(preset="official")
         seeds = fused_cam_seeds(features, classifier.weight, target, num_seeds=3)
         loss = classification_loss + 0.008 * criterion(seeds.vectors, target)
+
+    That weight is the released code's, for plain distances. Squared ones grow with D and with the features:
+    begin where the term is a tenth of the classification loss.
 
     Args:
         pairs: ``"all"`` pairs of images of one class, or ``"adjacent"``: images 0 and 1, 2 and 3, ..., where
@@ -25,11 +29,13 @@ class StochasticConsistencyLoss(nn.Module):
         squared: the squared distance, or the plain one. By default as ``preset`` says.
         gather: form pairs across ranks, too, where ``torch.distributed`` is initialised; see below.
         preset: ``"paper"`` or ``"official"``, the released code; see below.
-        process_group: the ranks of ``gather``; by default all.
+        process_group: the ranks of ``gather``; by default all. A module that holds one can be neither copied
+            nor pickled.
 
     Call with:
         vectors: seed vectors, ``[N, K, D]``, as ``fused_cam_seeds`` returns them.
-        target: class of each image, ``[N]``, int64 or int32.
+        target: class of each image, ``[N]``, int64 or int32; any numbers, only equality counts: there is no
+            label to be ignored.
 
     Returns:
         A scalar. It is float32 for half types, as under autocast: squared distances soon exceed what float16
@@ -68,11 +74,11 @@ class StochasticConsistencyLoss(nn.Module):
 
     def __init__(
         self,
+        *,
         pairs: str | None = None,
         squared: bool | None = None,
         gather: bool = False,
         preset: str = "paper",
-        *,
         process_group: "dist.ProcessGroup | None" = None,
     ) -> None:
         super().__init__()

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from math import inf
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -17,7 +17,14 @@ def dtype_name(dtype: torch.dtype) -> str:
 def tensor(function: str, argument: str, value: object, shape: str, dims: Sequence[int]) -> Tensor:
     """A float tensor whose number of dimensions is one of ``dims``."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{function}: {argument} is a {type(value).__name__}; it must be a tensor {shape}")
+        # A layer in place of its weight, the result of fused_cam_seeds in place of its vectors.
+        held = next(
+            (name for name in (argument, "vectors") if isinstance(getattr(value, name, 0), Tensor)), None
+        )
+        hint = "" if held is None else f": pass its .{held}"
+        raise TypeError(
+            f"{function}: {argument} is a {type(value).__name__}; it must be a tensor {shape}{hint}"
+        )
     if value.dtype not in FLOATS:
         allowed = ", ".join(map(dtype_name, FLOATS))
         raise TypeError(f"{function}: {argument} has dtype {dtype_name(value.dtype)}; allowed are {allowed}")
@@ -46,8 +53,8 @@ def weight(function: str, value: object, features: Tensor) -> Tensor:
         raise ValueError(f"{function}: weight has shape {list(value.shape)}; L must be at least 1")
     if value.shape[1] != features.shape[1]:
         raise ValueError(
-            f"{function}: weight has {value.shape[1]} channels and features {features.shape[1]}; "
-            "they must be equal"
+            f"{function}: weight has {value.shape[1]} channels and features {features.shape[1]}, being "
+            f"{list(features.shape)}; they must be equal"
         )
     return same_device(function, "weight", value, features)
 
@@ -180,13 +187,14 @@ def number(function: str, argument: str, value: object, allowed: str) -> float:
 
 
 def positive_int(function: str, argument: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+    if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
         raise TypeError(
             f"{function}: {argument} is a {type(value).__name__}; it must be an integer of at least 1"
         )
     if value < 1:
         raise ValueError(f"{function}: {argument} is {value}; it must be an integer of at least 1")
-    return value  # type: ignore[return-value]  # a SymInt stays one
+    # A SymInt stays one, for torch.compile with dynamic shapes.
+    return value if isinstance(value, torch.SymInt) else int(value)  # type: ignore[return-value]
 
 
 def flag(function: str, argument: str, value: object) -> bool:

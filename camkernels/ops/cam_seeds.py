@@ -13,7 +13,8 @@ from camkernels.ops.cam import allocate_maps, cam_backward, kept_map, suits_cuda
 
 
 class CamSeeds(NamedTuple):
-    """What ``fused_cam_seeds`` returns."""
+    """What ``fused_cam_seeds`` returns: vectors ``[N, K, D]``, indices of their pixels ``[N, K]``, the count
+    of candidates ``[N]`` and the map ``[N, H, W]``."""
 
     vectors: Tensor  # [N, K, D]
     indices: Tensor  # [N, K] int64, h * W + w
@@ -46,6 +47,7 @@ def fused_cam_seeds(
         target: class of each image, ``[N]``, int64 or int32.
         num_seeds: K, at least 1; the paper does best with 3.
         seed_features: where vectors are taken, ``[N, D, H, W]``, any float dtype; None means ``features``.
+            Another layer of another size has to be resized first, as by ``F.adaptive_avg_pool2d``.
         threshold: in units of the normalised map, (0, 1); the paper uses 0.7.
         sampling: ``"random"``: every candidate has its pixel's noise as its key, and the seeds are the
             candidates of largest key, in falling order, ties to the lower index: uniform without
