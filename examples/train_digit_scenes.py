@@ -51,6 +51,7 @@ EXPERIMENTS: dict[str, type[Experiment[Any]]] = {
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0] if __doc__ else None,
+        epilog="Each method has options and defaults of its own: see --method i2c --help, for one.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -78,7 +79,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     chosen = EXPERIMENTS.get(method.parse_known_args(arguments)[0].method, PclExperiment)
     chosen.add_options(parser)
     parser.set_defaults(**chosen.defaults)
-    options = parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        known = f"those of --method {options.method} are in its --help"
+        parser.error(f"unrecognized arguments: {' '.join(unknown)} ({known})")
     if options.batch_size < 2 * started():
         parser.error(
             f"argument --batch-size: {options.batch_size} is not at least {2 * started()}: batch "
