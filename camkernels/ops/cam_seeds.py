@@ -9,7 +9,7 @@ from camkernels import _backend, reference
 from camkernels._library import define_op, memory_format, prepare_inputs
 from camkernels.ops import _checks
 from camkernels.ops._autograd import first_order
-from camkernels.ops.cam import allocate_maps, cam_backward, kept_map, suits_cuda
+from camkernels.ops.cam import allocate_maps, cam_backward, kept_map
 
 
 class CamSeeds(NamedTuple):
@@ -267,5 +267,4 @@ define_op(
     (),
     allocate=lambda *args: (),
     prepare=_prepare_bwd,
-    suits_cuda=lambda grad_seed_features, *rest: suits_cuda(grad_seed_features, 1),
 )
