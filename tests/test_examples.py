@@ -111,9 +111,9 @@ def test_some_digits_are_mirrored(monkeypatch):
     drawn, given = [], digit_scenes.load_digits().images / 16
     draw = digit_scenes.draw_scene
 
-    def spy(background, instances, fragments, rng):
+    def spy(background, instances, *rest):
         drawn.extend(instances)
-        return draw(background, instances, fragments, rng)
+        return draw(background, instances, *rest)
 
     monkeypatch.setattr(digit_scenes, "draw_scene", spy)
     train, _ = digit_scenes.multi_label_scenes(20, 0, seed=0)
