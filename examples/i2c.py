@@ -144,7 +144,7 @@ class I2cExperiment(Experiment[I2cEvaluation]):
 
     def methods(self, scenes: Scenes) -> dict[str, Method]:
         options = self.options
-        global_ = GlobalConsistencyLoss(len(scenes.classes), LAST_WIDTH, options.decay, options.preset)
+        global_ = GlobalConsistencyLoss(len(scenes.classes), LAST_WIDTH, options.decay, preset=options.preset)
         return {
             "baseline": Classification(),
             "sc": InterImageCommunication("CE + SC", options),
