@@ -129,6 +129,8 @@ def record() -> list[tuple[Any, ...]]:
         (transforms.Scale(192, "bilinear"), 8, 9, 80),
     )
     for (dtype, weight_dtype), layout in itertools.product(dtypes, layouts):
+        if dtype == torch.float16 and layout == torch.channels_last:
+            continue  # as bfloat16's but for a conversion
         weight = torch.empty((365, 256), dtype=weight_dtype, requires_grad=True)
         bias = torch.empty(365, dtype=weight_dtype, requires_grad=True)
         for size in (7, 14, 40):
@@ -219,12 +221,12 @@ def compile_for(capability: int, launch: tuple[Any, ...]) -> dict[str, Any]:
 
 
 def jobs_of(launches: list[tuple[Any, ...]]) -> list[tuple[int, tuple[Any, ...]]]:
-    """All launches for sm_90, and of each kernel every third for the others."""
+    """All launches for sm_90, and of each kernel every eighth for the others."""
     jobs = []
     seen: Counter[str] = Counter()
     for launch in launches:
         name = launch[0]
-        sampled = seen[name] % 3 == 0
+        sampled = seen[name] % 8 == 0
         seen[name] += 1
         jobs += [(capability, launch) for capability in CAPABILITIES if sampled or capability == 90]
     return jobs
