@@ -180,11 +180,12 @@ class _CamSeeds(torch.autograd.Function):
 
     @staticmethod
     @first_order("fused_cam_seeds")
-    def backward(ctx: Any, grad_vectors: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_vectors: Tensor | None, _indices: None, _count: None, grad_cam: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         features, weight, target, cam, extent, indices = ctx.saved_tensors
         eps, requested = ctx.options
         need_features, need_weight, _, need_seeds = ctx.needs_input_grad[:4]
-        grad_cam = grads[-1]
         grad_features = grad_weight = grad_seeds = None
         if grad_cam is not None:
             grad_features, grad_weight, _ = cam_backward(

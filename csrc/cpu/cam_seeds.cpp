@@ -72,7 +72,7 @@ void gather_vectors(const void* features, bool channels_last, int64_t depth, int
   }
 }
 
-// Where what `depth * pixels` elements of image `n` of a dense tensor begin.
+// Where image `n` of a dense tensor begins.
 const void* image_of(const Tensor& tensor, int64_t n) {
   return static_cast<const char*>(tensor.const_data_ptr()) +
          n * tensor.size(1) * tensor.size(2) * tensor.size(3) * tensor.element_size();
