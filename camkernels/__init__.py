@@ -6,6 +6,7 @@ One call per loss, exact values and gradients, no host synchronisation:
     erased, cam = fused_cam_erase(features, classifier.weight, target, images)
     vectors, indices, count, cam = fused_cam_seeds(features, classifier.weight, target, num_seeds=3)
     loss = fused_cam_transform_mse(features, features_t, classifier.weight, transform)
+    loss = fused_negative_cam_loss(features, classifier.weight, target)
 """
 
 from camkernels import losses, metrics, transforms
@@ -16,6 +17,7 @@ from camkernels.ops.cam_erase import CamErase, fused_cam_erase
 from camkernels.ops.cam_seeds import CamSeeds, fused_cam_seeds
 from camkernels.ops.cam_transform_mse import fused_cam_transform_mse
 from camkernels.ops.focus_area import FocusArea, focus_area
+from camkernels.ops.negative_cam_loss import fused_negative_cam_loss
 from camkernels.ops.stochastic_consistency import stochastic_consistency
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "fused_cam_erase",
     "fused_cam_seeds",
     "fused_cam_transform_mse",
+    "fused_negative_cam_loss",
     "losses",
     "metrics",
     "stochastic_consistency",

@@ -108,16 +108,24 @@ def setting() -> str:
     return _setting
 
 
-def resolve(function: str, requested: str, device_type: str, dtype: torch.dtype) -> str:
-    """The backend that serves this call of ``function``."""
+def resolve(
+    function: str,
+    requested: str,
+    device_type: str,
+    dtype: torch.dtype,
+    backends: tuple[str, ...] = BACKENDS,
+) -> str:
+    """The backend that serves this call of ``function``, which ``backends`` have."""
     if device_type == "meta":
         return "meta"  # shapes only: the op's fake kernel answers
     if requested == "auto":
         for backend in _AUTO.get(device_type, ()):
-            if why_not(backend, device_type, dtype) is None:
+            if backend in backends and why_not(backend, device_type, dtype) is None:
                 return backend
         return "reference"
     reason = why_not(check(requested), device_type, dtype)
+    if requested not in backends:
+        reason = f"it has no kernels for this function; {' and '.join(backends[1:])} have"
     if reason is not None:
         raise RuntimeError(
             f"{function}: backend {requested!r} cannot serve {device_type} tensors of {dtype}: {reason}"

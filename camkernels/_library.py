@@ -49,13 +49,15 @@ def define_op(
     allocate: Callable[..., tuple[Tensor, ...]],
     prepare: Callable[..., tuple[Any, ...]] = prepare_inputs,
     suits_cuda: Callable[..., bool] = lambda *args: True,
+    backends: tuple[str, ...] = _backend.BACKENDS,
 ) -> None:
     """Define ``camkernels::<name>(arguments, str backend) -> outputs``.
 
     ``prepare`` maps the arguments to those that kernels read in place; the device and the dtype of the
     first choose the backend. An op that writes into an argument, ``Tensor(a!)``, has no outputs, and its
     ``prepare`` leaves that argument as it is. ``suits_cuda`` tells from the prepared arguments whether
-    ``auto`` should take the CUDA kernels; else it takes Triton's, where those work.
+    ``auto`` should take the CUDA kernels; else it takes Triton's, where those work. ``backends`` are those
+    that have kernels for the op.
     """
     results = ", ".join("Tensor" for _ in outputs)
     written = (f"Tensor({chr(97 + i)}!) {output}" for i, output in enumerate(outputs))
@@ -79,7 +81,7 @@ def define_op(
             for output in filled:
                 output.zero_()
             return returned(filled)
-        backend = _backend.resolve(name, requested, first.device.type, first.dtype)
+        backend = _backend.resolve(name, requested, first.device.type, first.dtype, backends)
         if backend == "cuda" and requested == "auto" and not suits_cuda(*prepared):
             reason = _backend.why_not("triton", first.device.type, first.dtype)
             backend = "triton" if reason is None else backend

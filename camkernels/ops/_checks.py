@@ -95,6 +95,42 @@ def target(
     return same_device(function, "target", value, features, argument)
 
 
+def classes_or_multi_hot(function: str, value: object, features: Tensor, weight: Tensor) -> Tensor:
+    """The class of each image, or for each class whether an image shows it."""
+    shape = "[N] or [N, L]"
+    if not isinstance(value, Tensor) or value.dim() != 2:
+        return target(function, value, features, shape, (1,))
+    if value.dtype.is_complex:
+        raise TypeError(
+            f"{function}: target has dtype {dtype_name(value.dtype)}; [N, L] may be bool, integer or float"
+        )
+    return per_class(function, "target", value, features, weight)
+
+
+def class_scores(
+    function: str, argument: str, value: object, features: Tensor, weight: Tensor
+) -> Tensor | None:
+    if value is None:
+        return None
+    return per_class(
+        function,
+        argument,
+        tensor(function, argument, value, "[N, L] or None", (2,)),
+        features,
+        weight,
+    )
+
+
+def per_class(function: str, argument: str, value: Tensor, features: Tensor, weight: Tensor) -> Tensor:
+    images, classes = features.shape[0], weight.shape[0]
+    if value.shape != (images, classes):
+        raise ValueError(
+            f"{function}: {argument} has shape {list(value.shape)}; with features {list(features.shape)} and "
+            f"weight {list(weight.shape)} it must be [{images}, {classes}]"
+        )
+    return same_device(function, argument, value, features)
+
+
 def classes_in_range(
     function: str, target: Tensor | None, classes: int, source: str = "weight has {} classes"
 ) -> None:
@@ -201,6 +237,13 @@ def flag(function: str, argument: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{function}: {argument} is a {type(value).__name__}; it must be True or False")
     return value
+
+
+def finite(function: str, argument: str, value: object) -> float:
+    result = number(function, argument, value, "that is finite")
+    if not -inf < result < inf:  # a NaN fails as well
+        raise ValueError(f"{function}: {argument} is {result}; it must be a number that is finite")
+    return result
 
 
 def in_open_interval(

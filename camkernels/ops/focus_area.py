@@ -2,10 +2,15 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from camkernels import reference
+from camkernels import _backend, reference
+from camkernels._library import define_op
 from camkernels.ops import _checks
+from camkernels.reference.cam import accumulate_dtype
+
+BACKENDS = ("reference", "cpu", "triton")
 
 
 class FocusArea(NamedTuple):
@@ -18,15 +23,17 @@ class FocusArea(NamedTuple):
 def focus_area(features: Tensor) -> FocusArea:
     """Pixels whose channel mean exceeds the mean of the whole map, and how much of the image they are.
 
+        mask, coverage = focus_area(features)
+
     Args:
-        features: last feature maps, ``[N, C, H, W]``.
+        features: last feature maps, ``[N, C, H, W]``; NCHW or channels_last, read in place.
 
     Returns:
         ``FocusArea(mask, coverage)``: bool ``[N, H, W]``; the mean of the mask, ``[N]``, in float32
-        (float64 for float64).
+        (float64 for float64). A map that is constant, or holds a NaN, has an empty mask.
 
     Gradients: none.
-    Backends: the reference serves every device, whatever ``use_backend`` says.
+    Numerics: float32 inside (float64 for float64); deterministic.
 
     Raises:
         TypeError: ``features`` is not a float tensor.
@@ -34,4 +41,20 @@ def focus_area(features: Tensor) -> FocusArea:
 
     Source: Chen et al., NeurIPS 2021, §3.
     """
-    return FocusArea(*reference.focus_area(_checks.features("focus_area", features)))
+    name = "focus_area"
+    features = _checks.features(name, features).detach()
+    requested = _backend.setting()
+    if _backend.resolve(name, requested, features.device.type, features.dtype, BACKENDS) == "reference":
+        return FocusArea(*reference.focus_area(features))
+    return FocusArea(*torch.ops.camkernels.focus_area_fwd(features, requested))
+
+
+def _allocate(features: Tensor) -> tuple[Tensor, ...]:
+    images, _, height, width = features.shape
+    return (
+        features.new_empty((images, height, width), dtype=torch.bool),
+        features.new_empty(images, dtype=accumulate_dtype(features.dtype)),
+    )
+
+
+define_op("focus_area_fwd", "Tensor features", ("mask", "coverage"), allocate=_allocate, backends=BACKENDS)

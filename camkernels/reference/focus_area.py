@@ -7,6 +7,8 @@ from camkernels.reference.cam import accumulate_dtype
 
 def focus_area(features: Tensor) -> tuple[Tensor, Tensor]:
     accumulate = accumulate_dtype(features.dtype)
-    heat = features.detach().to(accumulate).mean(1)  # [N, H, W]
+    heat = features.detach().to(accumulate).sum(1)  # [N, H, W], the channel mean times C
+    # From the first pixel on: a constant map is then 0, and equal to its mean whatever the rounding.
+    heat = heat - heat[:, :1, :1]
     mask = heat > heat.mean((-2, -1), keepdim=True)
     return mask, mask.to(accumulate).mean((-2, -1))

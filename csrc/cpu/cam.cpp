@@ -71,11 +71,7 @@ void cam_bwd_cpu(const Tensor& grad_cam, const Tensor& features, const Tensor& w
   const int64_t images = features.size(0), channels = features.size(1), maps = grad_cam.size(1);
   const int64_t pixels = features.size(2) * features.size(3);
   const Tensor grad_raw = torch::stable::new_empty(features, {images, maps, pixels}, accumulate);
-  // Sums are made in the accumulation type, in place where the weight already is of it.
-  const bool direct = need_weight && grad_weight.scalar_type() == accumulate;
-  Tensor sums = grad_weight;
-  if (need_weight && !direct) sums = torch::stable::new_empty(weight, {weight.size(0), channels}, accumulate);
-  if (need_weight) torch::stable::zero_(sums);
+  WeightSums sums(grad_weight, need_weight, accumulate);
 
   const CamBwd p{any_array(grad_cam),
                  any_array(features),
@@ -85,7 +81,7 @@ void cam_bwd_cpu(const Tensor& grad_cam, const Tensor& features, const Tensor& w
                  normalize ? extent.const_data_ptr() : nullptr,
                  grad_raw.mutable_data_ptr(),
                  need_features ? grad_features.mutable_data_ptr() : nullptr,
-                 need_weight ? sums.mutable_data_ptr() : nullptr,
+                 sums.data(),
                  images,
                  channels,
                  pixels,
@@ -108,10 +104,7 @@ void cam_bwd_cpu(const Tensor& grad_cam, const Tensor& features, const Tensor& w
           }
         });
   }
-  if (need_weight && !direct) {
-    Tensor out = grad_weight;
-    torch::stable::copy_(out, sums);
-  }
+  sums.finish();
   if (need_bias) {
     Tensor out = grad_bias;
     torch::stable::zero_(out);

@@ -31,15 +31,46 @@ void normalise_map(Real* map, int64_t pixels, Real eps, Real* extent) {
   extent[1] = extrema.high;
 }
 
+// Weighted sums over the channels of an image: raw maps of few classes.
+template <typename T>
+class ChannelSums {
+ public:
+  using Real = Accumulate<T>;
+
+  ChannelSums(int64_t channels, int64_t pixels, bool channels_last)
+      : channels_(channels),
+        pixels_(pixels),
+        channels_last_(channels_last),
+        staging_(new Real[std::is_same_v<T, Real> ? 0
+                          : channels_last         ? kDotGroup * channels
+                                                  : kPanelRows * pixels]) {}
+
+  // raw [count][pixels] of the weights rows [count][C].
+  void run(const AnyArray& features, int64_t image, const Real* rows, int64_t count, Real* raw) const {
+    const T* from = static_cast<const T*>(features.data) + image * channels_ * pixels_;
+    if (channels_last_) {
+      dots(rows, channels_, from, channels_, raw, pixels_, 1, count, pixels_, channels_, staging_.get(), true,
+           Nothing{});
+    } else {
+      panel({rows, channels_, 1}, from, pixels_, raw, pixels_, count, channels_, pixels_, staging_.get(),
+            true);
+    }
+  }
+
+ private:
+  const int64_t channels_, pixels_;
+  const bool channels_last_;
+  const std::unique_ptr<Real[]> staging_;
+};
+
 template <typename T>
 void cam_fwd(const CamFwd& p, int64_t block_begin, int64_t block_end) {
   using Real = Accumulate<T>;
   const int64_t blocks = (p.maps + kMapBlock - 1) / kMapBlock;
   const int64_t most = p.maps < kMapBlock ? p.maps : kMapBlock;
-  const int64_t staged = p.channels_last ? kDotGroup * p.channels : kPanelRows * p.pixels;
   const std::unique_ptr<Real[]> rows(new Real[most * p.channels]);
   const std::unique_ptr<Real[]> raw(new Real[most * p.pixels]);
-  const std::unique_ptr<Real[]> staging(new Real[std::is_same_v<T, Real> ? 0 : staged]);
+  const ChannelSums<T> sums(p.channels, p.pixels, p.channels_last);
 
   for (int64_t block = block_begin; block < block_end; ++block) {
     const int64_t n = block / blocks;
@@ -49,14 +80,7 @@ void cam_fwd(const CamFwd& p, int64_t block_begin, int64_t block_end) {
       const int64_t row = class_of(p.target, n, first + k, p.maps);
       load_row(p.weight, row * p.channels, p.channels, rows.get() + k * p.channels);
     }
-    const T* features = static_cast<const T*>(p.features.data) + n * p.channels * p.pixels;
-    if (p.channels_last) {
-      dots(rows.get(), p.channels, features, p.channels, raw.get(), p.pixels, 1, count, p.pixels, p.channels,
-           staging.get(), true, Nothing{});
-    } else {
-      panel({rows.get(), p.channels, 1}, features, p.pixels, raw.get(), p.pixels, count, p.channels, p.pixels,
-            staging.get(), true);
-    }
+    sums.run(p.features, n, rows.get(), count, raw.get());
     for (int64_t k = 0; k < count; ++k) {
       Real* map = raw.get() + k * p.pixels;
       const int64_t index = n * p.maps + first + k;

@@ -14,16 +14,6 @@ namespace {
 constexpr int64_t kForwardClasses = 512;
 constexpr int64_t kSlopeClasses = 64;
 
-Branch branch_of(const Tensor& features) {
-  Branch branch{};
-  branch.features = any_array(features);
-  branch.height = features.size(2);
-  branch.width = features.size(3);
-  branch.channels_last = is_channels_last(features);
-  branch.streamed = worth_streaming(features.numel());
-  return branch;
-}
-
 Axis axis_of(const int64_t* whole, double fraction) {
   return {whole[0], whole[1], fraction, whole[2], whole[3]};
 }
@@ -35,13 +25,11 @@ CamTransformMse describe(const Tensor& features, const Tensor& features_t, const
   CamTransformMse p{};
   p.maps = branch_of(features);
   p.maps_t = branch_of(features_t);
-  p.weight = any_array(weight);
+  p.classifier = {any_array(weight), nullptr, weight.size(0), weight.size(1)};
   p.matrix = any_array(matrix);
   p.matrix_per_image = matrix && matrix->size(0) > 1;
   p.comparison = static_cast<Comparison>(comparison);
   p.images = features.size(0);
-  p.channels = features.size(1);
-  p.classes = weight.size(0);
   p.geometry.affine = matrix.has_value();
   p.geometry.height = static_cast<int>(p.maps.height);
   p.geometry.width = static_cast<int>(p.maps.width);
@@ -59,34 +47,28 @@ CamTransformMse describe(const Tensor& features, const Tensor& features_t, const
 // `most` classes, all about as many.
 template <typename Run>
 void for_class_blocks(const CamTransformMse& p, int64_t images, int64_t most, Run&& run) {
-  const int64_t blocks = (p.classes + most - 1) / most;
-  const int64_t per_task = (p.classes + blocks - 1) / blocks;
+  const int64_t blocks = (p.classifier.classes + most - 1) / most;
+  const int64_t per_task = (p.classifier.classes + blocks - 1) / blocks;
   const int64_t cells = p.maps.cells() + p.maps_t.cells();
   const int64_t common = p.comparison == Comparison::kBilinear ? std::lcm(p.maps.height, p.maps_t.height) *
                                                                      std::lcm(p.maps.width, p.maps_t.width)
                                                                : cells;
-  const int64_t cost = (p.channels * cells + common) * std::min(p.classes, per_task);
+  const int64_t cost = (p.classifier.channels * cells + common) * std::min(p.classifier.classes, per_task);
   torch::stable::parallel_for(0, images * blocks, grain(cost), [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       // Images go fastest: their weights are then still in cache.
       const int64_t first = task / images * per_task;
-      run(task % images, first, std::min(p.classes, first + per_task));
+      run(task % images, first, std::min(p.classifier.classes, first + per_task));
     }
   });
 }
 
 void run_backward(const CamTransformMse& p, int64_t image_begin, int64_t image_end) {
-  // With many classes the sums of a narrower block stay in cache.
-  const int64_t block = p.classes <= 1024 ? kChannelBlock : kChannelBlock / 2;
-  const int64_t blocks = (p.channels + block - 1) / block;
-  const int64_t cost = (image_end - image_begin) * block * (p.maps.cells() + p.maps_t.cells()) *
-                       std::max<int64_t>(p.classes / 8, 1);
-  torch::stable::parallel_for(0, blocks, grain(cost), [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      kernels().cam_transform_mse_bwd(p, image_begin, image_end, b * block,
-                                      std::min(p.channels, (b + 1) * block));
-    }
-  });
+  const int64_t cells = p.maps.cells() + p.maps_t.cells();
+  for_channel_blocks(p.classifier, (image_end - image_begin) * p.classifier.classes * cells,
+                     [&](int64_t begin, int64_t end) {
+                       kernels().cam_transform_mse_bwd(p, image_begin, image_end, begin, end);
+                     });
 }
 
 }  // namespace
@@ -115,12 +97,8 @@ void cam_transform_mse_bwd_cpu(const Tensor& grad_means, const Tensor& features,
   p.kept = const_cast<void*>(kept.const_data_ptr());  // backward only reads it
   p.maps.grad = need_features ? grad_features.mutable_data_ptr() : nullptr;
   p.maps_t.grad = need_features_t ? grad_features_t.mutable_data_ptr() : nullptr;
-  // Sums are made in the accumulation type, in place where the weight already is of it.
-  const bool direct = need_weight && grad_weight.scalar_type() == accumulate;
-  Tensor sums = grad_weight;
-  if (need_weight && !direct) sums = torch::stable::new_empty(weight, {p.classes, p.channels}, accumulate);
-  if (need_weight) torch::stable::zero_(sums);
-  p.grad_weight = need_weight ? sums.mutable_data_ptr() : nullptr;
+  WeightSums sums(grad_weight, need_weight, accumulate);
+  p.classifier.grad_weight = sums.data();
 
   if (p.comparison == Comparison::kOneGrid) {
     run_backward(p, 0, p.images);
@@ -128,13 +106,14 @@ void cam_transform_mse_bwd_cpu(const Tensor& grad_means, const Tensor& features,
     // A few images at a time: what is held of the gradients of their maps is an eighth of the maps, or a
     // small part of the gradients of the features where that is more.
     const int64_t threads = torch::stable::get_num_threads();
-    const int64_t little = std::max(p.images / 8, p.images * p.channels / (32 * p.classes));
+    const int64_t little =
+        std::max(p.images / 8, p.images * p.classifier.channels / (32 * p.classifier.classes));
     const int64_t chunk = std::clamp<int64_t>(little, 1, std::min(p.images, 2 * threads));
     const Tensor slopes = torch::stable::new_empty(
-        features, {chunk * p.classes * (p.maps.cells() + p.maps_t.cells())}, accumulate);
+        features, {chunk * p.classifier.classes * (p.maps.cells() + p.maps_t.cells())}, accumulate);
     const int64_t item = grad_means.element_size();
     p.slope = slopes.mutable_data_ptr();
-    p.slope_t = static_cast<char*>(p.slope) + chunk * p.classes * p.maps.cells() * item;
+    p.slope_t = static_cast<char*>(p.slope) + chunk * p.classifier.classes * p.maps.cells() * item;
     for (int64_t first = 0; first < p.images; first += chunk) {
       const int64_t count = std::min(chunk, p.images - first);
       for_class_blocks(p, count, kSlopeClasses, [&](int64_t image, int64_t begin, int64_t end) {
@@ -143,10 +122,7 @@ void cam_transform_mse_bwd_cpu(const Tensor& grad_means, const Tensor& features,
       run_backward(p, first, first + count);
     }
   }
-  if (need_weight && !direct) {
-    Tensor out = grad_weight;
-    torch::stable::copy_(out, sums);
-  }
+  sums.finish();
 }
 
 STABLE_TORCH_LIBRARY_IMPL(camkernels_cpp, CPU, m) {

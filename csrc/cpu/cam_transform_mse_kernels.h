@@ -1,8 +1,7 @@
 // Mean squared difference of heatmaps under a transform, and its gradients, for one instruction set.
 //
-// Channels go along the vectors: features that lie [C][cells] are transposed, a block at a time, to the
-// [cells][C] of channels_last. There a transform is a sum of whole vectors, and no product wastes lanes on
-// maps of 7 x 7. On one grid, with D = T(F) - F' of a block of channels:
+// Channels go along the vectors (see class_products.h), where a transform is a sum of whole vectors. On one
+// grid, with D = T(F) - F' of a block of channels:
 //
 //   E = T(M) - M'    dots(w, D)
 //   grad_weight      product(E, D)
@@ -14,73 +13,13 @@
 #include <memory>
 #include <optional>
 
+#include "class_products.h"
 #include "common_grid.h"
 #include "kernels.h"
 #include "products.h"
 
 namespace camkernels::cpu {
 namespace {
-
-// Rows of channels, one for each cell.
-template <typename Real>
-struct Cells {
-  const Real* data;
-  int64_t stride;
-  const Real* at(int64_t cell) const { return data + cell * stride; }
-};
-
-// Channels [channel, channel + width) of an image, width at most kChannelBlock. In place where they lie so;
-// else in `to`, rows `stride` apart. `staging` holds kChannelBlock * cells elements.
-template <typename T>
-Cells<Accumulate<T>> load_cells(const Branch& branch, int64_t image, int64_t channels, int64_t channel,
-                                int64_t width, Accumulate<T>* to, int64_t stride, Accumulate<T>* staging) {
-  using Real = Accumulate<T>;
-  const int64_t cells = branch.cells();
-  const T* features = static_cast<const T*>(branch.features.data) + image * channels * cells;
-  if (branch.channels_last) {
-    const T* first = features + channel;
-    if constexpr (std::is_same_v<T, Real>) {
-      if (width % Lanes<Real>::kCount == 0) return {first, channels};
-    }
-    for (int64_t p = 0; p < cells; ++p) {
-      const Real* row = widened(first + p * channels, to + p * stride, width);
-      if (row != to + p * stride) std::memcpy(to + p * stride, row, width * sizeof(Real));
-    }
-  } else {
-    const T* first = features + channel * cells;
-    transpose(widened(first, staging, width * cells), cells, to, stride, width, cells);
-  }
-  return {to, stride};
-}
-
-// Lets `ahead` ask for channels [channel, channel + width) of an image.
-template <typename T>
-void want_cells(const Branch& branch, int64_t image, int64_t channels, int64_t channel, int64_t width,
-                Ahead& ahead) {
-  const int64_t cells = branch.cells(), item = sizeof(T);
-  const T* features = static_cast<const T*>(branch.features.data) + image * channels * cells;
-  if (branch.channels_last) {
-    ahead.want(features + channel, width * item, channels * item, cells);
-  } else {
-    ahead.want(features + channel * cells, width * cells * item, 0, 1);
-  }
-}
-
-// Writes rows of channels, [cells][kChannelBlock], to the gradient of the features. `staging` as above.
-template <typename T>
-void store_cells(const Accumulate<T>* from, const Branch& branch, int64_t image, int64_t channels,
-                 int64_t channel, int64_t width, Accumulate<T>* staging) {
-  const int64_t cells = branch.cells();
-  T* grad = static_cast<T*>(branch.grad) + image * channels * cells;
-  if (branch.channels_last) {
-    for (int64_t p = 0; p < cells; ++p) {
-      store_row(from + p * kChannelBlock, grad + p * channels + channel, width, branch.streamed);
-    }
-  } else {
-    transpose(from, kChannelBlock, staging, cells, cells, width);
-    store_row(staging, grad + channel * cells, width * cells, branch.streamed);
-  }
-}
 
 // The cells that one cell of the transformed map reads.
 template <typename Real>
@@ -193,83 +132,6 @@ struct Resampler {
   }
 };
 
-// Channels of which forward holds all cells at once: these stay in the second-level cache, and the few rows
-// that dots multiplies at a time in the first-level one.
-inline int64_t forward_block(int64_t cells) {
-  constexpr int64_t kElements = 48 << 10;
-  const int64_t fit = kElements / cells / kChannelBlock * kChannelBlock;
-  return std::clamp(fit, kChannelBlock, 8 * kChannelBlock);
-}
-
-// Rows of the weight that stay in the second-level cache beside such a block.
-constexpr int64_t kWeightRows = 48;
-
-// Distance between rows of a block: not a multiple of a page, or all of them would fall into one cache set.
-inline int64_t padded(int64_t width) { return width + 16; }
-
-// Rows of the weight, channels [channel, channel + width), in place or in `staging`, [count][width].
-template <typename Real>
-Cells<Real> load_weight(const AnyArray& weight, int64_t channels, int64_t first, int64_t count,
-                        int64_t channel, int64_t width, Real* staging) {
-  if (weight.dtype == (sizeof(Real) == 8 ? DType::kDouble : DType::kFloat)) {
-    return {static_cast<const Real*>(weight.data) + first * channels + channel, channels};
-  }
-  for (int64_t l = 0; l < count; ++l) {
-    load_row(weight, (first + l) * channels + channel, width, staging + l * width);
-  }
-  return {staging, width};
-}
-
-// out[l, cell] = W D for classes [begin, end), of the D that `fill(channel, width, to, stride)` makes of
-// features for which `want(channel, width, ahead)` lets it ask in advance.
-template <typename T, typename Fill, typename Want>
-void class_maps(const CamTransformMse& p, int64_t cells, int64_t begin, int64_t end, Accumulate<T>* out,
-                Fill&& fill, Want&& want) {
-  using Real = Accumulate<T>;
-  const int64_t most = std::min(forward_block(cells), p.channels);
-  const std::unique_ptr<Real[]> block(new Real[cells * padded(forward_block(cells))]);
-  const bool direct = p.weight.dtype == (sizeof(Real) == 8 ? DType::kDouble : DType::kFloat);
-  const std::unique_ptr<Real[]> rows(new Real[direct ? 0 : (end - begin) * most]);
-  for (int64_t channel = 0; channel < p.channels; channel += most) {
-    const int64_t width = std::min(most, p.channels - channel);
-    for (int64_t c = 0; c < width; c += kChannelBlock) {
-      fill(channel + c, std::min(kChannelBlock, width - c), block.get() + c, padded(most));
-    }
-    const Cells<Real> weight =
-        load_weight(p.weight, p.channels, begin, end - begin, channel, width, rows.get());
-    Ahead ahead;
-    const int64_t next = channel + width;
-    if (next < p.channels) want(next, std::min(most, p.channels - next), ahead);
-    ahead.spread_over(dots_steps(end - begin, cells));
-    for (int64_t l = 0; l < end - begin; l += kWeightRows) {
-      dots<Real>(weight.at(l), weight.stride, block.get(), padded(most), out + l * cells, cells, 1,
-                 std::min(kWeightRows, end - begin - l), cells, width, nullptr, channel == 0, ahead);
-    }
-  }
-}
-
-// Raw maps of one branch.
-template <typename T>
-void branch_maps(const CamTransformMse& p, const Branch& branch, int64_t image, int64_t begin, int64_t end,
-                 Accumulate<T>* out) {
-  using Real = Accumulate<T>;
-  const int64_t cells = branch.cells();
-  const std::unique_ptr<Real[]> staging(new Real[cells * kChannelBlock]);
-  class_maps<T>(
-      p, cells, begin, end, out,
-      [&](int64_t channel, int64_t width, Real* to, int64_t stride) {
-        const Cells<Real> rows =
-            load_cells<T>(branch, image, p.channels, channel, width, to, stride, staging.get());
-        if (rows.data == to) return;
-        for (int64_t cell = 0; cell < cells; ++cell) {
-          std::memcpy(to + cell * stride, rows.at(cell), width * sizeof(Real));
-        }
-      },
-      [&](int64_t channel, int64_t width, Ahead& ahead) {
-        want_cells<T>(branch, image, p.channels, channel, width, ahead);
-      });
-}
-
 template <typename T>
 void fwd_one_grid(const CamTransformMse& p, int64_t image, int64_t begin, int64_t end, Accumulate<T>* maps) {
   using Real = Accumulate<T>;
@@ -279,17 +141,17 @@ void fwd_one_grid(const CamTransformMse& p, int64_t image, int64_t begin, int64_
   Real* first = staging.get();
   Real* second = first + 2 * cells * kChannelBlock;
   class_maps<T>(
-      p, cells_t, begin, end, maps,
+      p.classifier, {nullptr, begin, end - begin}, cells_t, maps,
       [&](int64_t channel, int64_t width, Real* to, int64_t stride) {
-        const Cells<Real> rows = load_cells<T>(p.maps, image, p.channels, channel, width, first,
+        const Cells<Real> rows = load_cells<T>(p.maps, image, p.classifier.channels, channel, width, first,
                                                kChannelBlock, first + cells * kChannelBlock);
-        const Cells<Real> rows_t = load_cells<T>(p.maps_t, image, p.channels, channel, width, second,
-                                                 kChannelBlock, second + cells_t * kChannelBlock);
+        const Cells<Real> rows_t = load_cells<T>(p.maps_t, image, p.classifier.channels, channel, width,
+                                                 second, kChannelBlock, second + cells_t * kChannelBlock);
         resampler.difference(rows, rows_t, to, stride, width);
       },
       [&](int64_t channel, int64_t width, Ahead& ahead) {
-        want_cells<T>(p.maps, image, p.channels, channel, width, ahead);
-        want_cells<T>(p.maps_t, image, p.channels, channel, width, ahead);
+        want_cells<T>(p.maps, image, p.classifier.channels, channel, width, ahead);
+        want_cells<T>(p.maps_t, image, p.classifier.channels, channel, width, ahead);
       });
   for (int64_t l = 0; l < end - begin; ++l) {
     Real* map = maps + l * cells_t;
@@ -306,7 +168,7 @@ void fwd_one_grid(const CamTransformMse& p, int64_t image, int64_t begin, int64_
       sum += run;
     }
     const double count = static_cast<double>(std::max<int64_t>(resampler.valid, 1));
-    static_cast<Real*>(p.means)[image * p.classes + begin + l] = static_cast<Real>(sum / count);
+    static_cast<Real*>(p.means)[image * p.classifier.classes + begin + l] = static_cast<Real>(sum / count);
   }
 }
 
@@ -315,14 +177,14 @@ void fwd_common_grid(const CamTransformMse& p, int64_t image, int64_t begin, int
                      Accumulate<T>* maps_t) {
   using Real = Accumulate<T>;
   constexpr int64_t kLanes = Lanes<Real>::kCount;
-  branch_maps<T>(p, p.maps, image, begin, end, maps);
-  branch_maps<T>(p, p.maps_t, image, begin, end, maps_t);
+  raw_maps<T>(p.classifier, {nullptr, begin, end - begin}, p.maps, image, maps);
+  raw_maps<T>(p.classifier, {nullptr, begin, end - begin}, p.maps_t, image, maps_t);
   CommonGrid<Real> grid(p, false);
   for (int64_t l = begin; l < end; l += kLanes) {
     const int64_t count = std::min(kLanes, end - l);
     grid.gather(maps + (l - begin) * p.maps.cells(), count, p.maps.cells(), grid.maps.get());
     grid.gather(maps_t + (l - begin) * p.maps_t.cells(), count, p.maps_t.cells(), grid.maps_t.get());
-    grid.means(count, static_cast<Real*>(p.means) + image * p.classes + l);
+    grid.means(count, static_cast<Real*>(p.means) + image * p.classifier.classes + l);
   }
 }
 
@@ -335,7 +197,7 @@ void cam_transform_mse_fwd(const CamTransformMse& p, int64_t image, int64_t begi
   const std::unique_ptr<Real[]> maps(new Real[one_grid || (keep_first && p.kept) ? 0 : count * cells]);
   const std::unique_ptr<Real[]> maps_t(new Real[!keep_first && p.kept ? 0 : count * cells_t]);
   Real* kept = static_cast<Real*>(p.kept);
-  if (kept != nullptr) kept += (image * p.classes + begin) * (keep_first ? cells : cells_t);
+  if (kept != nullptr) kept += (image * p.classifier.classes + begin) * (keep_first ? cells : cells_t);
   Real* first = keep_first && kept ? kept : maps.get();
   Real* second = !keep_first && kept ? kept : maps_t.get();
   if (one_grid) {
@@ -354,12 +216,12 @@ void cam_transform_mse_slopes(const CamTransformMse& p, int64_t first_image, int
   const Branch& missing = keep_first ? p.maps_t : p.maps;
   const int64_t cells = p.maps.cells(), cells_t = p.maps_t.cells();
   const std::unique_ptr<Real[]> computed(new Real[(end - begin) * missing.cells()]);
-  branch_maps<T>(p, missing, image, begin, end, computed.get());
+  raw_maps<T>(p.classifier, {nullptr, begin, end - begin}, missing, image, computed.get());
   const Real* kept =
-      static_cast<const Real*>(p.kept) + (image * p.classes + begin) * std::max(cells, cells_t);
+      static_cast<const Real*>(p.kept) + (image * p.classifier.classes + begin) * std::max(cells, cells_t);
   const Real* maps = keep_first ? kept : computed.get();
   const Real* maps_t = keep_first ? computed.get() : kept;
-  const int64_t row = (image - first_image) * p.classes;
+  const int64_t row = (image - first_image) * p.classifier.classes;
   CommonGrid<Real> grid(p, true);
   for (int64_t l = begin; l < end; l += kLanes) {
     const int64_t count = std::min(kLanes, end - l);
@@ -367,102 +229,13 @@ void cam_transform_mse_slopes(const CamTransformMse& p, int64_t first_image, int
     grid.gather(maps_t + (l - begin) * cells_t, count, cells_t, grid.maps_t.get());
     Vector<Real> scale = {};
     for (int64_t k = 0; k < count; ++k) {
-      scale[k] = 2 * static_cast<const Real*>(p.grad_means)[image * p.classes + l + k];
+      scale[k] = 2 * static_cast<const Real*>(p.grad_means)[image * p.classifier.classes + l + k];
     }
     grid.slopes(scale);
     grid.spread(grid.slope.get(), count, cells, static_cast<Real*>(p.slope) + (row + l) * cells);
     grid.spread(grid.slope_t.get(), count, cells_t, static_cast<Real*>(p.slope_t) + (row + l) * cells_t);
   }
 }
-
-// Classes of which a column of vectors, kChannelBlock elements from one to the next, stays in the first-level
-// cache.
-constexpr int64_t kClassBlock = 96;
-
-// Gradients that flow through maps of one grid, for channels [begin, end).
-template <typename T>
-class ChannelGradients {
- public:
-  using Real = Accumulate<T>;
-
-  ChannelGradients(const CamTransformMse& p, int64_t begin, int64_t end)
-      : p_(p),
-        begin_(begin),
-        width_((end - begin + kLanes - 1) / kLanes * kLanes),
-        weight_(new Real[p.classes * width_]()),
-        sums_(new Real[p.grad_weight == nullptr ? 0 : p.classes * width_]()),
-        scaled_(new Real[std::min(kClassBlock, p.classes) * std::max(p.maps.cells(), p.maps_t.cells())]) {
-    const Real* grad_weight = static_cast<const Real*>(p.grad_weight);
-    for (int64_t l = 0; l < p.classes; ++l) {
-      load_row(p.weight, l * p.channels + begin, end - begin, weight_.get() + l * width_);
-      // Goes on from the sums of earlier images, so that their order does not depend on how many came before.
-      if (grad_weight != nullptr) {
-        std::memcpy(sums_.get() + l * width_, grad_weight + l * p.channels + begin,
-                    (end - begin) * sizeof(Real));
-      }
-    }
-  }
-
-  // For slopes [L][cells], times factors [L] if given: adds slopes * values to the weight's gradient, if that
-  // is wanted, `values` being rows of channels; writes W^T slopes to `to`, [cells][kChannelBlock], if given.
-  void add(const Real* slopes, const Real* factors, int64_t cells, const Cells<Real>& values, Real* to,
-           Ahead& ahead) {
-    for (int64_t first = 0; first < p_.classes; first += kClassBlock) {
-      const int64_t count = std::min(kClassBlock, p_.classes - first);
-      const Real* rows = slopes + first * cells;
-      if (factors != nullptr) {
-        for (int64_t l = 0; l < count; ++l) {
-          const Real factor = factors[first + l];
-          for (int64_t i = 0; i < cells; ++i) scaled_[l * cells + i] = factor * rows[l * cells + i];
-        }
-        rows = scaled_.get();
-      }
-      if (to != nullptr) {
-        product<Real>({rows, 1, cells}, weight_.get() + first * width_, width_, to, kChannelBlock, cells,
-                      count, width_, first == 0, ahead);
-      }
-      if (p_.grad_weight != nullptr) {
-        // Slices of cells: a single sum over a large map would lose digits.
-        for (int64_t cell = 0; cell < cells; cell += kCellBlock) {
-          product<Real>({rows + cell, cells, 1}, values.at(cell), values.stride, sums_.get() + first * width_,
-                        width_, count, std::min(kCellBlock, cells - cell), width_, false, ahead);
-        }
-      }
-    }
-  }
-
-  // Tiles of the products that add() makes.
-  int64_t tiles(int64_t cells, bool to) const {
-    int64_t sum = 0;
-    for (int64_t first = 0; first < p_.classes; first += kClassBlock) {
-      const int64_t count = std::min(kClassBlock, p_.classes - first);
-      if (to) sum += product_tiles<Real>(cells, width_);
-      const int64_t slices = (cells + kCellBlock - 1) / kCellBlock;
-      if (p_.grad_weight != nullptr) sum += slices * product_tiles<Real>(count, width_);
-    }
-    return sum;
-  }
-
-  // Writes what came together to the weight's gradient.
-  void finish(int64_t channels) {
-    if (p_.grad_weight == nullptr) return;
-    for (int64_t l = 0; l < p_.classes; ++l) {
-      std::memcpy(static_cast<Real*>(p_.grad_weight) + l * p_.channels + begin_, sums_.get() + l * width_,
-                  channels * sizeof(Real));
-    }
-  }
-
-  int64_t width() const { return width_; }
-
- private:
-  static constexpr int64_t kLanes = Lanes<Real>::kCount;
-  static constexpr int64_t kCellBlock = 128;
-  const CamTransformMse& p_;
-  const int64_t begin_, width_;           // a whole number of vectors
-  const std::unique_ptr<Real[]> weight_;  // [L][width_]
-  const std::unique_ptr<Real[]> sums_;    // [L][width_]
-  const std::unique_ptr<Real[]> scaled_;  // [classes of a block][cells]
-};
 
 // Gradients of channels [begin, end), at most kChannelBlock: what one thread sums up no other touches.
 template <typename T>
@@ -473,7 +246,7 @@ void cam_transform_mse_bwd(const CamTransformMse& p, int64_t image_begin, int64_
   const int64_t block = cells * kChannelBlock, block_t = cells_t * kChannelBlock;
   const bool one_grid = p.comparison == Comparison::kOneGrid;
   const bool need_maps = p.maps.grad != nullptr, need_maps_t = p.maps_t.grad != nullptr;
-  const bool need_weight = p.grad_weight != nullptr;
+  const bool need_weight = p.classifier.grad_weight != nullptr;
   // Zeroed: lanes past the last channel take part in the arithmetic, though nothing reads what comes of them.
   const std::unique_ptr<Real[]> scratch(new Real[3 * block + 4 * block_t]());
   Real* rows_in = scratch.get();
@@ -483,47 +256,51 @@ void cam_transform_mse_bwd(const CamTransformMse& p, int64_t image_begin, int64_
   Real* staging_t = rows_in_t + block_t;
   Real* grad_t = staging_t + block_t;
   Real* difference = grad_t + block_t;
-  const std::unique_ptr<Real[]> factors(new Real[p.classes]);
-  ChannelGradients<T> gradients(p, begin, end);
+  const std::unique_ptr<Real[]> factors(new Real[p.classifier.classes]);
+  const ClassList all{nullptr, 0, p.classifier.classes};
+  ChannelGradients<T> gradients(p.classifier, begin, end, std::max(cells, cells_t), false);
   std::optional<Resampler<Real>> resampler;
   if (one_grid) resampler.emplace(p, image_begin);
-  const int64_t tiles = one_grid ? gradients.tiles(cells_t, need_maps || need_maps_t)
-                                 : gradients.tiles(cells, need_maps) + gradients.tiles(cells_t, need_maps_t);
+  const int64_t tiles = one_grid ? gradients.tiles(all.count, cells_t, need_maps || need_maps_t)
+                                 : gradients.tiles(all.count, cells, need_maps) +
+                                       gradients.tiles(all.count, cells_t, need_maps_t);
 
   for (int64_t image = image_begin; image < image_end; ++image) {
     Cells<Real> rows{}, rows_t{};
     if (need_weight) {
-      rows = load_cells<T>(p.maps, image, p.channels, begin, width, rows_in, kChannelBlock, staging);
-      rows_t = load_cells<T>(p.maps_t, image, p.channels, begin, width, rows_in_t, kChannelBlock, staging_t);
+      rows =
+          load_cells<T>(p.maps, image, p.classifier.channels, begin, width, rows_in, kChannelBlock, staging);
+      rows_t = load_cells<T>(p.maps_t, image, p.classifier.channels, begin, width, rows_in_t, kChannelBlock,
+                             staging_t);
     }
     Ahead ahead;
     if (need_weight && image + 1 < image_end) {
-      want_cells<T>(p.maps, image + 1, p.channels, begin, width, ahead);
-      want_cells<T>(p.maps_t, image + 1, p.channels, begin, width, ahead);
+      want_cells<T>(p.maps, image + 1, p.classifier.channels, begin, width, ahead);
+      want_cells<T>(p.maps_t, image + 1, p.classifier.channels, begin, width, ahead);
       ahead.spread_over(tiles);
     }
     if (one_grid) {
       if (p.matrix_per_image) resampler->locate(p, image);
-      const Real* means = static_cast<const Real*>(p.grad_means) + image * p.classes;
+      const Real* means = static_cast<const Real*>(p.grad_means) + image * p.classifier.classes;
       const Real scale = Real(2) / static_cast<Real>(std::max<int64_t>(resampler->valid, 1));
-      for (int64_t l = 0; l < p.classes; ++l) factors[l] = scale * means[l];
+      for (int64_t l = 0; l < p.classifier.classes; ++l) factors[l] = scale * means[l];
       if (need_weight) resampler->difference(rows, rows_t, difference, kChannelBlock, width);
-      const Real* kept = static_cast<const Real*>(p.kept) + image * p.classes * cells_t;
-      gradients.add(kept, factors.get(), cells_t, {difference, kChannelBlock},
+      const Real* kept = static_cast<const Real*>(p.kept) + image * p.classifier.classes * cells_t;
+      gradients.add(all, kept, factors.get(), cells_t, {difference, kChannelBlock},
                     need_maps || need_maps_t ? grad_t : nullptr, ahead);
       if (need_maps) resampler->scatter(grad_t, grad, cells, gradients.width());
       if (need_maps_t) resampler->negate(grad_t, gradients.width());
     } else {
-      const int64_t at = (image - image_begin) * p.classes;
-      gradients.add(static_cast<const Real*>(p.slope) + at * cells, nullptr, cells, rows,
+      const int64_t at = (image - image_begin) * p.classifier.classes;
+      gradients.add(all, static_cast<const Real*>(p.slope) + at * cells, nullptr, cells, rows,
                     need_maps ? grad : nullptr, ahead);
-      gradients.add(static_cast<const Real*>(p.slope_t) + at * cells_t, nullptr, cells_t, rows_t,
+      gradients.add(all, static_cast<const Real*>(p.slope_t) + at * cells_t, nullptr, cells_t, rows_t,
                     need_maps_t ? grad_t : nullptr, ahead);
     }
-    if (need_maps) store_cells<T>(grad, p.maps, image, p.channels, begin, width, staging);
-    if (need_maps_t) store_cells<T>(grad_t, p.maps_t, image, p.channels, begin, width, staging_t);
+    if (need_maps) store_cells<T>(grad, p.maps, image, p.classifier.channels, begin, width, staging);
+    if (need_maps_t) store_cells<T>(grad_t, p.maps_t, image, p.classifier.channels, begin, width, staging_t);
   }
-  gradients.finish(width);
+  gradients.finish();
   finish_streams();
 }
 

@@ -1,4 +1,4 @@
-// Checks and thread grain that the CPU bindings share.
+// Checks, descriptions and threading that the CPU bindings share.
 #pragma once
 
 #include <algorithm>
@@ -44,7 +44,54 @@ inline bool worth_streaming(int64_t elements) {
   return elements > kCached;
 }
 
+inline Branch branch_of(const Tensor& features) {
+  Branch branch{};
+  branch.features = any_array(features);
+  branch.height = features.size(2);
+  branch.width = features.size(3);
+  branch.channels_last = is_channels_last(features);
+  branch.streamed = worth_streaming(features.numel());
+  return branch;
+}
+
 // Items of `cost` operations each that make a task worth handing to a thread (about 10 microseconds).
 inline int64_t grain(int64_t cost) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, cost)); }
+
+// Calls run(first channel, last channel) for blocks of all channels, in parallel; `values` numbers of maps,
+// of all images, meet each channel.
+template <typename Run>
+void for_channel_blocks(const Classifier& classifier, int64_t values, Run&& run) {
+  // With many classes the sums of a narrower block stay in cache.
+  const int64_t block = classifier.classes <= 1024 ? kChannelBlock : kChannelBlock / 2;
+  const int64_t blocks = (classifier.channels + block - 1) / block;
+  torch::stable::parallel_for(0, blocks, grain(block * values / 8), [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      run(b * block, std::min(classifier.channels, (b + 1) * block));
+    }
+  });
+}
+
+// The weight's gradient while it is summed: in the accumulation type, in place where the weight is of it.
+class WeightSums {
+ public:
+  WeightSums(const Tensor& grad_weight, bool needed, torch::headeronly::ScalarType accumulate)
+      : grad_weight_(grad_weight), sums_(grad_weight), needed_(needed) {
+    if (!needed) return;
+    direct_ = grad_weight.scalar_type() == accumulate;
+    if (!direct_) {
+      sums_ = torch::stable::new_empty(grad_weight, {grad_weight.size(0), grad_weight.size(1)}, accumulate);
+    }
+    torch::stable::zero_(sums_);
+  }
+
+  void* data() const { return needed_ ? sums_.mutable_data_ptr() : nullptr; }
+  void finish() {
+    if (needed_ && !direct_) torch::stable::copy_(grad_weight_, sums_);
+  }
+
+ private:
+  Tensor grad_weight_, sums_;
+  bool needed_, direct_ = true;
+};
 
 }  // namespace camkernels::cpu

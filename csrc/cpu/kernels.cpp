@@ -6,6 +6,8 @@
 #include "cam_kernels.h"
 #include "cam_seeds_kernels.h"
 #include "cam_transform_mse_kernels.h"
+#include "focus_area_kernels.h"
+#include "negative_cam_loss_kernels.h"
 #include "stochastic_consistency_kernels.h"
 
 namespace camkernels::cpu {
@@ -101,6 +103,30 @@ void run_stochastic_consistency_bwd(const StochasticConsistency& p, int64_t begi
                     [&](auto element) { stochastic_consistency_bwd<decltype(element)>(p, begin, end); });
 }
 
+void run_negative_keys(const NegativeCamLoss& p, int64_t begin, int64_t end, void* keys) {
+  with_element_type(p.branch.features.dtype, [&](auto element) {
+    using T = decltype(element);
+    negative_keys<T>(p, begin, end, static_cast<Accumulate<T>*>(keys));
+  });
+}
+
+void run_negative_cam_loss_fwd(const NegativeCamLoss& p, int64_t image, int64_t slot_begin,
+                               int64_t slot_end) {
+  with_element_type(p.branch.features.dtype, [&](auto element) {
+    negative_cam_loss_fwd<decltype(element)>(p, image, slot_begin, slot_end);
+  });
+}
+
+void run_negative_cam_loss_bwd(const NegativeCamLoss& p, int64_t channel_begin, int64_t channel_end) {
+  with_element_type(p.branch.features.dtype, [&](auto element) {
+    negative_cam_loss_bwd<decltype(element)>(p, channel_begin, channel_end);
+  });
+}
+
+void run_focus_area(const FocusArea& p, int64_t begin, int64_t end) {
+  with_element_type(p.features.dtype, [&](auto element) { focus_area<decltype(element)>(p, begin, end); });
+}
+
 }  // namespace
 
 extern const Kernels CAMKERNELS_TABLE;
@@ -115,6 +141,10 @@ const Kernels CAMKERNELS_TABLE = {CAMKERNELS_ISA,
                                   run_cam_transform_mse_bwd,
                                   run_cam_seeds_bwd,
                                   run_stochastic_consistency_fwd,
-                                  run_stochastic_consistency_bwd};
+                                  run_stochastic_consistency_bwd,
+                                  run_negative_keys,
+                                  run_negative_cam_loss_fwd,
+                                  run_negative_cam_loss_bwd,
+                                  run_focus_area};
 
 }  // namespace camkernels::cpu

@@ -78,7 +78,7 @@ struct StochasticConsistency {
   void* grad_vectors;  // [N, K, D]; backward only
 };
 
-// Last feature maps of one of the two branches.
+// Last feature maps of some images.
 struct Branch {
   AnyArray features;  // [N, C, H, W], or [N, H, W, C] if channels_last
   void* grad;         // as features; backward only, null where not wanted
@@ -88,24 +88,55 @@ struct Branch {
   int64_t cells() const { return height * width; }
 };
 
-struct CamTransformMse {
-  Branch maps;        // of the images: F, with class activation maps M = W F
-  Branch maps_t;      // of the transformed images: F', M'
+struct Classifier {
   AnyArray weight;    // [L, C]
+  void* grad_weight;  // [L, C], accumulation type, zeroed; backward only, null where not wanted
+  int64_t classes, channels;
+};
+
+struct CamTransformMse {
+  Branch maps;    // of the images: F, with class activation maps M = W F
+  Branch maps_t;  // of the transformed images: F', M'
+  Classifier classifier;
   AnyArray matrix;    // [1 or N, 2, 3] where geometry.affine
   Geometry geometry;  // of kOneGrid
   Comparison comparison;
-  int64_t images, channels, classes;
+  int64_t images;
   bool matrix_per_image;
   void* means;  // [N, L], accumulation type; forward only
   void* kept;   // [N, L, cells], accumulation type; null where not wanted. kOneGrid: T(M) - M', 0 in cells
                 // that are not valid. Else the larger of M and M', M if they are equal.
   const void* grad_means;  // [N, L], accumulation type; backward only
-  void* slope;        // [images of a chunk, L, H * W], accumulation type; backward of a common grid only:
-  void* slope_t;      // gradients of M and of M'
-  void* grad_weight;  // [L, C], accumulation type, zeroed; null where not wanted
+  void* slope;    // [images of a chunk, L, H * W], accumulation type; backward of a common grid only:
+  void* slope_t;  // gradients of M and of M'
 
   bool larger_is_first() const { return maps.cells() >= maps_t.cells(); }
+};
+
+// Maps of classes that an image does not show. A slot holds one of them: those of image n are its first
+// counts[n] slots.
+struct NegativeCamLoss {
+  Branch branch;
+  Classifier classifier;
+  AnyArray bias;    // [L] or null
+  AnyArray logits;  // [N, L]; null: sums of the maps
+  int64_t images, slots;
+  bool uniform;
+  double level, temperature;
+  void* losses;           // [N, K], accumulation type; forward only
+  const int32_t* chosen;  // [N, K], classes in rising order
+  const int32_t* counts;  // [N]
+  void* kept;             // [N, K, pixels], accumulation type; forward: null where not wanted
+  int32_t* positive;      // [N, K]; forward only
+  const void* grad;       // [], accumulation type; backward only
+};
+
+struct FocusArea {
+  AnyArray features;  // [N, C, H, W], or [N, H, W, C] if channels_last
+  bool* mask;         // [N, H, W]
+  void* coverage;     // [N], accumulation type
+  int64_t channels, pixels;
+  bool channels_last;
 };
 
 // `accumulate` is kDouble for float64 features, else kFloat. Ranges are of the index named.
@@ -128,13 +159,18 @@ struct Kernels {
   // it, and with one group only its seeds can be shared out.
   void (*stochastic_consistency_fwd)(const StochasticConsistency&, int64_t item_begin, int64_t item_end);
   void (*stochastic_consistency_bwd)(const StochasticConsistency&, int64_t item_begin, int64_t item_end);
+  // Fills keys [images of the range, L], accumulation type: an image's negatives are those of largest key.
+  void (*negative_keys)(const NegativeCamLoss&, int64_t image_begin, int64_t image_end, void* keys);
+  void (*negative_cam_loss_fwd)(const NegativeCamLoss&, int64_t image, int64_t slot_begin, int64_t slot_end);
+  void (*negative_cam_loss_bwd)(const NegativeCamLoss&, int64_t channel_begin, int64_t channel_end);
+  void (*focus_area)(const FocusArea&, int64_t image_begin, int64_t image_end);
 };
 
 // Maps of one image that a thread computes together: enough to reuse each feature it loads, few enough
 // for their sums to stay in the first-level cache at 14 x 14.
 inline constexpr int64_t kMapBlock = 32;
 
-// Channels whose features a thread of cam_transform_mse holds at once: a whole number of vectors.
+// Channels whose features a thread holds at once in products of many classes: a whole number of vectors.
 inline constexpr int64_t kChannelBlock = 64;
 
 const Kernels& kernels();

@@ -332,7 +332,7 @@ class Ahead {
     int64_t bytes, stride, rows, done;
   };
   static constexpr int64_t kLine = 64;
-  Piece pieces_[2];
+  Piece pieces_[2] = {};
   int count_ = 0, current_ = 0;
   int64_t lines_per_step_ = 0;
 };

@@ -147,8 +147,13 @@ inline Real load(const AnyArray& array, int64_t index) {
 }
 
 template <typename Real>
+inline bool is_of(const AnyArray& array) {
+  return array.dtype == (sizeof(Real) == 8 ? DType::kDouble : DType::kFloat);
+}
+
+template <typename Real>
 inline void load_row(const AnyArray& array, int64_t offset, int64_t count, Real* to) {
-  if (array.dtype == (sizeof(Real) == 8 ? DType::kDouble : DType::kFloat)) {
+  if (is_of<Real>(array)) {
     std::memcpy(to, static_cast<const Real*>(array.data) + offset, count * sizeof(Real));
   } else {
     for (int64_t i = 0; i < count; ++i) to[i] = load<Real>(array, offset + i);
