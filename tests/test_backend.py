@@ -9,7 +9,16 @@ import torch
 from cases import GPU, Case
 
 import camkernels
-from camkernels import _backend, _library, fused_cam, use_backend
+from camkernels import (
+    _backend,
+    _library,
+    focus_area,
+    fused_cam,
+    fused_negative_cam_loss,
+    use_backend,
+)
+from camkernels.ops import focus_area as focus_area_op
+from camkernels.ops import negative_cam_loss as negative_cam_loss_op
 
 
 def python(code, **environment):
@@ -68,6 +77,41 @@ def test_auto_takes_the_compiled_kernels_on_the_cpu():
 def test_auto_falls_back_to_the_reference_elsewhere():
     assert _backend.resolve("fused_cam", "auto", "mps", torch.float32) == "reference"
     assert _backend.resolve("fused_cam", "auto", "cuda", torch.float64) == "reference"
+
+
+@pytest.mark.parametrize("backends", [negative_cam_loss_op.BACKENDS, focus_area_op.BACKENDS])
+def test_auto_passes_over_a_backend_without_kernels_for_the_function(monkeypatch, backends):
+    """As on a machine where every backend serves, and where Triton does not."""
+    monkeypatch.setattr(_backend, "why_not", lambda *question: None)
+    assert _backend.resolve("function", "auto", "cuda", torch.float32) == "cuda"
+    assert _backend.resolve("function", "auto", "cuda", torch.float32, backends) == "triton"
+    assert _backend.resolve("function", "auto", "xpu", torch.float32, backends) == "triton"
+    assert _backend.resolve("function", "auto", "cpu", torch.float32, backends) == "cpu"
+    assert _backend.resolve("function", "triton", "cuda", torch.float32, backends) == "triton"
+    monkeypatch.setattr(_backend, "why_not", lambda backend, *rest: None if backend == "cuda" else "no")
+    assert _backend.resolve("function", "auto", "cuda", torch.float32, backends) == "reference"
+
+
+@pytest.mark.parametrize("everything_serves", [False, True])
+@pytest.mark.parametrize("function", ["fused_negative_cam_loss", "focus_area"])
+def test_a_backend_without_kernels_for_the_function_says_so(monkeypatch, function, everything_serves):
+    monkeypatch.setattr(_backend, "_setting", "cuda")
+    if everything_serves:
+        monkeypatch.setattr(_backend, "why_not", lambda *question: None)
+    features, weight, target = torch.ones(1, 2, 3, 3), torch.ones(4, 2), torch.zeros(1, dtype=torch.int64)
+    message = (
+        f"^{function}: backend 'cuda' cannot serve cpu tensors of torch.float32: "
+        "it has no kernels for this function; cpu and triton have$"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        focus_area(features) if function == "focus_area" else fused_negative_cam_loss(
+            features, weight, target
+        )
+
+
+def test_the_ops_of_such_a_function_say_so_themselves():
+    with pytest.raises(RuntimeError, match=r"focus_area_fwd: backend 'cuda' cannot serve .* has no kernels"):
+        torch.ops.camkernels.focus_area_fwd(torch.ones(1, 2, 3, 3), "cuda")
 
 
 def test_a_context_manager_entered_twice():
@@ -208,3 +252,12 @@ def test_meta_tensors_give_shapes():
     arguments = (x.to("meta") for x in (case.features(), case.weight(), case.target(), case.pictures()))
     erased, cam = camkernels.fused_cam_erase(*arguments)
     assert (erased.device.type, erased.shape, cam.shape) == ("meta", (3, 3, 37, 29), (3, 7, 7))
+    features, weight = (x.to("meta").requires_grad_() for x in (case.features(), case.weight()))
+    target = case.target().to("meta")
+    for kind in ("mse", "uniform"):
+        loss = fused_negative_cam_loss(features, weight, target, kind=kind)
+        grads = torch.autograd.grad(loss, (features, weight))
+        assert (loss.device.type, loss.shape) == ("meta", ())
+        assert [x.shape for x in grads] == [features.shape, weight.shape]
+    mask, coverage = focus_area(features)
+    assert (mask.device.type, mask.dtype, mask.shape, coverage.shape) == ("meta", torch.bool, (3, 7, 7), (3,))

@@ -10,6 +10,7 @@ from camkernels import (
     fused_cam_erase,
     fused_cam_seeds,
     fused_cam_transform_mse,
+    fused_negative_cam_loss,
     stochastic_consistency,
 )
 from camkernels.transforms import Affine, HorizontalFlip, Rotate90, Scale, Translate
@@ -23,6 +24,9 @@ BIAS = torch.randn(5)
 SEED_FEATURES = torch.randn(2, 6, 4, 4)
 NOISE = torch.rand(2, 16)
 VECTORS = torch.randn(2, 3, 6)
+
+HOT = torch.zeros(2, 5, dtype=torch.bool)
+LOGITS = torch.randn(2, 5)
 
 FEATURES_T = torch.randn(2, 3, 4, 4)
 WIDE = torch.randn(2, 3, 4, 6)
@@ -408,6 +412,78 @@ CONSISTENCY = [
 ]
 
 
+PER_CLASS = "with features [2, 3, 4, 4] and weight [5, 3] it must be [2, 5]"
+
+NEGATIVES = [
+    ({"target": None}, TypeError, "target is a NoneType; it must be a tensor [N] or [N, L]"),
+    ({"target": [0, 4]}, TypeError, "target is a list; it must be a tensor [N] or [N, L]"),
+    ({"target": TARGET.bool()}, TypeError, "target has dtype bool; allowed are int64, int32"),
+    ({"target": TARGET[0]}, ValueError, "target has shape []; it must be [N] or [N, L]"),
+    ({"target": HOT.long()[None]}, ValueError, "target has shape [1, 2, 5]; it must be [N] or [N, L]"),
+    ({"target": TARGET[:, None]}, ValueError, f"target has shape [2, 1]; {PER_CLASS}"),
+    ({"target": torch.zeros(2, 6)}, ValueError, f"target has shape [2, 6]; {PER_CLASS}"),
+    ({"target": HOT[:1]}, ValueError, f"target has shape [1, 5]; {PER_CLASS}"),
+    ({"target": HOT.T}, ValueError, f"target has shape [5, 2]; {PER_CLASS}"),
+    (
+        {"target": HOT.to(torch.complex64)},
+        TypeError,
+        "target has dtype complex64; [N, L] may be bool, integer or float",
+    ),
+    (
+        {"target": HOT.to("meta")},
+        ValueError,
+        "target is on meta and features on cpu; they must be on one device",
+    ),
+    ({"bias": 1.0}, TypeError, "bias is a float; it must be a tensor [L]"),
+    (
+        {"bias": BIAS.int()},
+        TypeError,
+        "bias has dtype int32; allowed are float32, float16, bfloat16, float64",
+    ),
+    ({"bias": BIAS[:, None]}, ValueError, "bias has shape [5, 1]; it must be [L]"),
+    ({"bias": BIAS[:4]}, ValueError, "bias has 4 classes and weight 5; they must be equal"),
+    ({"bias": BIAS.to("meta")}, ValueError, "bias is on meta and weight on cpu; they must be on one device"),
+    ({"logits": [0.0]}, TypeError, "logits is a list; it must be a tensor [N, L] or None"),
+    (
+        {"logits": LOGITS.int()},
+        TypeError,
+        "logits has dtype int32; allowed are float32, float16, bfloat16, float64",
+    ),
+    ({"logits": LOGITS[0]}, ValueError, "logits has shape [5]; it must be [N, L] or None"),
+    ({"logits": LOGITS[:, 1:]}, ValueError, f"logits has shape [2, 4]; {PER_CLASS}"),
+    ({"logits": LOGITS[:1]}, ValueError, f"logits has shape [1, 5]; {PER_CLASS}"),
+    (
+        {"logits": LOGITS.to("meta")},
+        ValueError,
+        "logits is on meta and features on cpu; they must be on one device",
+    ),
+    ({"num_negatives": 2.0}, TypeError, "num_negatives is a float; it must be an integer of at least 1"),
+    ({"num_negatives": True}, TypeError, "num_negatives is a bool; it must be an integer of at least 1"),
+    ({"num_negatives": None}, TypeError, "num_negatives is a NoneType; it must be an integer of at least 1"),
+    (
+        {"num_negatives": torch.tensor(3)},
+        TypeError,
+        "num_negatives is a Tensor; it must be an integer of at least 1",
+    ),
+    ({"num_negatives": 0}, ValueError, "num_negatives is 0; it must be an integer of at least 1"),
+    ({"num_negatives": -1}, ValueError, "num_negatives is -1; it must be an integer of at least 1"),
+    ({"kind": None}, TypeError, "kind is a NoneType; allowed are mse, uniform"),
+    ({"kind": "kd"}, ValueError, "kind is 'kd'; allowed are mse, uniform"),
+    ({"level": "0"}, TypeError, "level is a str; it must be a number that is finite"),
+    ({"level": False}, TypeError, "level is a bool; it must be a number that is finite"),
+    ({"level": None}, TypeError, "level is a NoneType; it must be a number that is finite"),
+    ({"level": float("nan")}, ValueError, "level is nan; it must be a number that is finite"),
+    ({"level": float("inf")}, ValueError, "level is inf; it must be a number that is finite"),
+    ({"level": -float("inf")}, ValueError, "level is -inf; it must be a number that is finite"),
+    ({"temperature": "1"}, TypeError, "temperature is a str; it must be a number above 0"),
+    ({"temperature": True}, TypeError, "temperature is a bool; it must be a number above 0"),
+    ({"temperature": 0}, ValueError, "temperature is 0.0; it must be a number above 0"),
+    ({"temperature": -1}, ValueError, "temperature is -1.0; it must be a number above 0"),
+    ({"temperature": float("nan")}, ValueError, "temperature is nan; it must be a number above 0"),
+    ({"temperature": float("inf")}, ValueError, "temperature is inf; it must be a number above 0"),
+]
+
+
 @pytest.mark.parametrize("changed, error, message", SHARED + CAM)
 def test_fused_cam(changed, error, message):
     arguments = {"features": FEATURES, "weight": WEIGHT, "target": TARGET, **changed}
@@ -456,6 +532,19 @@ def test_fused_cam_transform_mse(changed, error, message):
     assert str(raised.value).startswith(f"fused_cam_transform_mse: {message}")
 
 
+@pytest.mark.parametrize("kind", ["mse", "uniform"])
+@pytest.mark.parametrize(
+    "changed, error, message",
+    [row for row in SHARED if not ("eps" in row[0] or isinstance(row[0].get("target"), list))] + NEGATIVES,
+)
+def test_fused_negative_cam_loss(kind, changed, error, message):
+    """Options of the other kind are looked at as well."""
+    arguments = {"features": FEATURES, "weight": WEIGHT, "target": TARGET, "kind": kind, **changed}
+    with pytest.raises(error) as raised:
+        fused_negative_cam_loss(**arguments)
+    assert str(raised.value) == f"fused_negative_cam_loss: {message}"
+
+
 @pytest.mark.parametrize("make, error, message", TRANSFORMS)
 def test_transforms(make, error, message):
     with pytest.raises(error) as raised:
@@ -463,16 +552,20 @@ def test_transforms(make, error, message):
     assert str(raised.value) == message
 
 
-@pytest.mark.parametrize("value", [None, FEATURES.int(), FEATURES[0], FEATURES[..., :0]])
-def test_focus_area(value):
-    with pytest.raises((TypeError, ValueError), match=r"^focus_area: features "):
-        focus_area(value)
+@pytest.mark.parametrize("changed, error, message", [row for row in SHARED if "features" in row[0]])
+def test_focus_area(changed, error, message):
+    with pytest.raises(error) as raised:
+        focus_area(**changed)
+    assert str(raised.value) == f"focus_area: {message}"
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("target", [-1, 5])
-@pytest.mark.parametrize("function, argument", [(fused_cam_erase, IMAGES), (fused_cam_seeds, 3)])
-def test_index_out_of_range_names_it(backend, target, function, argument):
+@pytest.mark.parametrize(
+    "function, others",
+    [(fused_cam_erase, (IMAGES,)), (fused_cam_seeds, (3,)), (fused_negative_cam_loss, ())],
+)
+def test_index_out_of_range_names_it(backend, target, function, others):
     message = rf"^{function.__name__}: target holds class {target}; weight has 5 classes"
     with camkernels.use_backend(backend), pytest.raises(IndexError, match=message):
-        function(FEATURES, WEIGHT, torch.tensor([0, target]), argument)
+        function(FEATURES, WEIGHT, torch.tensor([0, target]), *others)

@@ -2,6 +2,7 @@
 
 from camkernels.losses.attention_consistency import AttentionConsistency, AttentionConsistencyLoss
 from camkernels.losses.global_consistency import GlobalConsistencyLoss
+from camkernels.losses.homogeneous_negative_cam import HomogeneousNegativeCAMLoss
 from camkernels.losses.pairwise_consistency import PairwiseConsistencyLoss
 from camkernels.losses.stochastic_consistency import StochasticConsistencyLoss
 from camkernels.losses.weighted_bce import WeightedBCEWithLogits
@@ -10,6 +11,7 @@ __all__ = [
     "AttentionConsistency",
     "AttentionConsistencyLoss",
     "GlobalConsistencyLoss",
+    "HomogeneousNegativeCAMLoss",
     "PairwiseConsistencyLoss",
     "StochasticConsistencyLoss",
     "WeightedBCEWithLogits",
