@@ -122,6 +122,39 @@ def cam_fwd_kernel(
 
 
 @triton.jit
+def rows_product(
+    features_ptr,
+    weight_ptr,
+    row,
+    wanted,
+    lane,
+    inside,
+    channels,
+    stride_c,
+    stride_p,
+    HALF: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Rows ``row`` [K] of the weight times the pixels ``lane`` [P] from ``features_ptr`` on, in float32."""
+    channel = tl.arange(0, BLOCK_C)
+    weight_ptrs = weight_ptr + row[:, None] * channels + channel[None, :]
+    # 32 bits reach across a block of channels and pixels.
+    offset = channel[:, None] * stride_c + lane[None, :] * stride_p
+    sums = tl.zeros([row.shape[0], lane.shape[0]], tl.float32)
+    for start in range(0, channels, BLOCK_C):
+        present = start + channel < channels
+        weight = tl.load(weight_ptrs, mask=wanted[:, None] & present[None, :], other=0.0)
+        values = tl.load(features_ptr + offset, mask=present[:, None] & inside[None, :], other=0.0)
+        if INTERPRETED or not HALF:  # the interpreter has no product of bfloat16
+            weight = weight.to(tl.float32)
+            values = values.to(tl.float32)
+        sums = tl.dot(weight, values, sums, input_precision="ieee")
+        weight_ptrs += BLOCK_C
+        features_ptr += tl.cast(stride_c, tl.int64) * BLOCK_C
+    return sums
+
+
+@triton.jit
 def cam_product_fwd_kernel(
     features_ptr,  # [N, C, H * W]
     weight_ptr,  # [L, C]
@@ -159,24 +192,10 @@ def cam_product_fwd_kernel(
     first_pixel = program // map_blocks % pixel_blocks * BLOCK_P
     pixel = first_pixel + lane
     inside = pixel < pixels
-    channel = tl.arange(0, BLOCK_C)
-    weight_ptrs = weight_ptr + label[:, None] * channels + channel[None, :]
     features_ptr += tl.cast(first_pixel, tl.int64) * stride_p
-    # 32 bits reach across a block of channels and pixels.
-    offset = channel[:, None] * stride_c + lane[None, :] * stride_p
-
-    sums = tl.zeros([BLOCK_K, BLOCK_P], tl.float32)
-    for start in range(0, channels, BLOCK_C):
-        present = start + channel < channels
-        weight = tl.load(weight_ptrs, mask=wanted[:, None] & present[None, :], other=0.0)
-        values = tl.load(features_ptr + offset, mask=present[:, None] & inside[None, :], other=0.0)
-        if INTERPRETED or not HALF:  # the interpreter has no product of bfloat16
-            weight = weight.to(tl.float32)
-            values = values.to(tl.float32)
-        sums = tl.dot(weight, values, sums, input_precision="ieee")
-        weight_ptrs += BLOCK_C
-        features_ptr += tl.cast(stride_c, tl.int64) * BLOCK_C
-
+    sums = rows_product(
+        features_ptr, weight_ptr, label, wanted, lane, inside, channels, stride_c, stride_p, HALF, BLOCK_C
+    )
     if bias_ptr is not None:
         sums += tl.load(bias_ptr + label).to(tl.float32)[:, None]
     sums = tl.where(exists[:, None], sums, float("nan"))
@@ -380,6 +399,7 @@ def cam_product_features_bwd_kernel(
     grad_raw_ptr,  # [N, K, H * W]
     weight_ptr,  # [L, C]
     target_ptr,  # [N, K] or None
+    factor_ptr,  # [N] float32 or None: what an image's maps are multiplied by; then -1 is a map left out
     grad_features_ptr,  # [N, C, H * W]
     maps,
     classes,
@@ -387,6 +407,7 @@ def cam_product_features_bwd_kernel(
     pixel_groups,  # H * W / ALIGN
     CHANNELS_LAST: tl.constexpr,
     ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -406,13 +427,17 @@ def cam_product_features_bwd_kernel(
         column = first + tl.arange(0, BLOCK_K)
         wanted = column < maps
         map_index = image * maps + column
+        if factor_ptr is not None:
+            wanted = wanted & (tl.load(target_ptr + map_index, mask=wanted, other=-1) >= 0)
         label, exists = class_of(target_ptr, map_index, maps, classes, wanted)
         weight_ptrs = weight_ptr + label[None, :] * channels + channel[:, None]
         weight = tl.load(weight_ptrs, mask=present[:, None] & wanted[None, :], other=0.0).to(tl.float32)
         weight = tl.where((wanted & ~exists)[None, :], float("nan"), weight)  # [BLOCK_C, BLOCK_K]
         grad_ptrs = grad_raw_ptr + map_index[:, None] * pixels + pixel[None, :]
         grad_raw = tl.load(grad_ptrs, mask=wanted[:, None] & inside[None, :], other=0.0)  # [BLOCK_K, BLOCK_P]
-        grad = tl.dot(weight, grad_raw.to(tl.float32), grad, input_precision="ieee")
+        grad = tl.dot(weight, grad_raw.to(tl.float32), grad, input_precision=PRECISION)
+    if factor_ptr is not None:
+        grad *= tl.load(factor_ptr + image)
     offset = channel[:, None].to(tl.int64) * stride_c + pixel[None, :].to(tl.int64) * stride_p
     grad_features_ptr += image * channels * pixels
     grad = narrow(grad, grad_features_ptr.dtype.element_ty)
@@ -582,6 +607,8 @@ def launch_features_product(
     weight: Tensor,  # [L, C]
     target: Tensor | None,  # [N, K]
     grad_features: Tensor,  # [N, C, H, W]
+    factor: Tensor | None = None,  # [N]
+    precision: str = "ieee",
 ) -> None:
     images, channels, height, width = grad_features.shape
     align = alignment(height * width)
@@ -590,12 +617,14 @@ def launch_features_product(
         grad_raw,
         weight,
         target,
+        factor,
         grad_features,
         grad_raw.shape[1],
         *weight.shape,
         height * width // align,
         CHANNELS_LAST=is_channels_last(grad_features),
         ALIGN=align,
+        PRECISION=precision,
         BLOCK_K=16,
         BLOCK_C=64,
         BLOCK_P=64,

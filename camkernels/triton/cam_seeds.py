@@ -17,19 +17,12 @@ from camkernels.triton.front import (
     on_device_of,
     power_of_two,
     registers,
+    sortable,
     strides_of,
 )
 
 # Key of a pixel that is no candidate, below the key of every number.
 NONE = tl.constexpr(-(2**31))
-
-
-@triton.jit
-def sortable(values):
-    """int32 keys in the order of float32 values: both zeros are equal, and any NaN is the greatest."""
-    bits = values.to(tl.int32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF
-    return tl.where(magnitude > 0x7F800000, 0x7FFFFFFF, tl.where(bits < 0, -magnitude, magnitude))
 
 
 @triton.jit

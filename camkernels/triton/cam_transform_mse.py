@@ -12,12 +12,11 @@ from torch import Tensor
 from camkernels.triton.cam import PROGRAMS, add_parts, images_split, launch_features_product
 from camkernels.triton.common_grid import common_grid_bwd, common_grid_fwd
 from camkernels.triton.front import (
-    HALF_TYPES,
-    NVIDIA,
     is_channels_last,
     narrow,
     on_device_of,
     power_of_two,
+    precision_of,
     registers,
     strides_of,
 )
@@ -483,12 +482,6 @@ def cam_transform_mse_weight_bwd_kernel(
     )
     values = narrow(sums, grad_weight_ptr.dtype.element_ty)
     tl.store(grad_ptrs, values, mask=known[:, None] & present[None, :])
-
-
-def precision_of(*results: torch.dtype) -> str:
-    """Of products that end in results of these types: three products on tensor cores are closer than a half
-    type can tell, a result in float32 takes float32's own."""
-    return "tf32x3" if NVIDIA and all(dtype in HALF_TYPES for dtype in results) else "ieee"
 
 
 def layouts(features: Tensor, features_t: Tensor) -> dict[str, bool]:

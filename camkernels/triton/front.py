@@ -47,6 +47,12 @@ def registers(limit: int) -> dict[str, int]:
     return {"maxnreg": limit} if NVIDIA else {}
 
 
+def precision_of(*results: torch.dtype) -> str:
+    """Of products that end in results of these types: three products on tensor cores are closer than a half
+    type can tell, a result in float32 takes float32's own."""
+    return "tf32x3" if NVIDIA and all(dtype in HALF_TYPES for dtype in results) else "ieee"
+
+
 @triton.jit
 def strides_of(channels, pixels, CHANNELS_LAST: tl.constexpr):
     """Strides of channel and pixel; images are channels * pixels apart in either layout."""
@@ -68,6 +74,14 @@ def narrow(values, dtype: tl.constexpr):
 
 
 @triton.jit
+def sortable(values):
+    """int32 keys in the order of float32 values: both zeros are equal, and any NaN is the greatest."""
+    bits = values.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    return tl.where(magnitude > 0x7F800000, 0x7FFFFFFF, tl.where(bits < 0, -magnitude, magnitude))
+
+
+@triton.jit
 def class_of(target_ptr, map_index, maps, classes, mask=None):
     """Class of the map ``n * K + k``, and whether there is such a class.
 
@@ -83,7 +97,10 @@ def class_of(target_ptr, map_index, maps, classes, mask=None):
 
 @triton.jit
 def channel_sum(features_ptr, row_ptr, pixel, inside, channels, stride_c, stride_p, BLOCK_C: tl.constexpr):
-    """Weighted sum over channels at the pixels ``pixel`` [P] from ``features_ptr`` on, in float32."""
+    """Weighted sum over channels at the pixels ``pixel`` [P] from ``features_ptr`` on, in float32.
+
+    Without a row every weight is 1.
+    """
     channel = tl.arange(0, BLOCK_C)
     # 32 bits reach across a block of channels: in 64 the offsets of one block fill half the registers.
     offset = channel[:, None] * stride_c + pixel[None, :] * stride_p
@@ -91,9 +108,12 @@ def channel_sum(features_ptr, row_ptr, pixel, inside, channels, stride_c, stride
     sums = tl.zeros([BLOCK_C, pixel.shape[0]], tl.float32)
     for start in range(0, channels, BLOCK_C):
         present = start + channel < channels
-        weight = tl.load(row_ptr + start + channel, mask=present, other=0.0).to(tl.float32)  # [BLOCK_C]
         values = tl.load(features_ptr + offset, mask=present[:, None] & inside[None, :], other=0.0)
-        sums += weight[:, None] * values.to(tl.float32)
+        values = values.to(tl.float32)
+        if row_ptr is not None:
+            weight = tl.load(row_ptr + start + channel, mask=present, other=0.0).to(tl.float32)  # [BLOCK_C]
+            values *= weight[:, None]
+        sums += values
         features_ptr += tl.cast(stride_c, tl.int64) * BLOCK_C
     return tl.sum(sums, 0)
 
