@@ -16,6 +16,12 @@ DEVICE = "cuda" if GPU else "cpu"
 KERNEL_BACKENDS = [("cpu", "cpu"), ("triton", DEVICE), *([("cuda", "cuda")] if GPU else [])]
 BACKENDS = [("reference", DEVICE), *KERNEL_BACKENDS]
 
+
+def without_cuda(backends: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """For ops that have no CUDA C++ kernels."""
+    return [(backend, device) for backend, device in backends if backend != "cuda"]
+
+
 # Triton's interpreter computes in NumPy, which warns of inf - inf and the like.
 may_hold_infinities = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
@@ -115,11 +121,9 @@ def matrix(backend: str) -> list[Case]:
     ]
 
 
-def placed_matrix() -> list[tuple[str, Case]]:
+def placed_matrix(backends: Sequence[tuple[str, str]] = KERNEL_BACKENDS) -> list[tuple[str, Case]]:
     return [
-        (backend, replace(case, device=device))
-        for backend, device in KERNEL_BACKENDS
-        for case in matrix(backend)
+        (backend, replace(case, device=device)) for backend, device in backends for case in matrix(backend)
     ]
 
 

@@ -12,9 +12,8 @@ template <typename Real>
 void sum_bias(const CamBwd& p, Real* grad_bias) {
   const Real* grad = static_cast<const Real*>(p.grad_raw);
   for (int64_t index = 0; index < p.images * p.maps; ++index) {
-    double sum = 0;  // a plain float sum over a large map would lose digits
-    for (int64_t i = 0; i < p.pixels; ++i) sum += grad[index * p.pixels + i];
-    grad_bias[p.target.data == nullptr ? index % p.maps : index_at(p.target, index)] += sum;
+    grad_bias[p.target.data == nullptr ? index % p.maps : index_at(p.target, index)] +=
+        map_sum(grad + index * p.pixels, p.pixels);
   }
 }
 

@@ -54,6 +54,19 @@ inline Branch branch_of(const Tensor& features) {
   return branch;
 }
 
+// The sum of a map: of runs, since a long sum of single numbers would lose digits.
+template <typename Real>
+double map_sum(const Real* map, int64_t pixels) {
+  constexpr int64_t kRun = 32;
+  double total = 0;
+  for (int64_t first = 0; first < pixels; first += kRun) {
+    double run = 0;
+    for (int64_t i = first; i < std::min(pixels, first + kRun); ++i) run += static_cast<double>(map[i]);
+    total += run;
+  }
+  return total;
+}
+
 // Items of `cost` operations each that make a task worth handing to a thread (about 10 microseconds).
 inline int64_t grain(int64_t cost) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, cost)); }
 

@@ -112,7 +112,7 @@ struct ClassList {
   // Whether maps of all of the span cost less than gathering and scattering the rows of those listed.
   bool dense() const { return labels == nullptr || kSpanPerClass * count >= span().count; }
 
-  static constexpr double kSpanPerClass = 1.1;  // measured
+  static constexpr double kSpanPerClass = 1.1;  // measured: gathering costs a tenth of the products at most
 };
 
 // Rows of the weight, channels [channel, channel + width), in place or in `staging`, [count][width].

@@ -3,7 +3,6 @@
 // The choice lives here rather than with the kernels: what the standard library's sort leaves out of line
 // must not be compiled for more than the plainest instruction set (see annotations.h).
 #include <algorithm>
-#include <numeric>
 #include <vector>
 
 #include "../common.h"
@@ -54,8 +53,10 @@ int64_t choose_negatives(const Real* keys, const Targets& targets, int64_t image
     return left_nan || left == right ? a < b : left > right;
   };
   const int64_t count = std::min<int64_t>(slots, static_cast<int64_t>(candidates.size()));
-  std::nth_element(candidates.begin(), candidates.begin() + count, candidates.end(), before);
-  std::sort(candidates.begin(), candidates.begin() + count);
+  if (count < static_cast<int64_t>(candidates.size())) {  // else all of them, in order as they are
+    std::nth_element(candidates.begin(), candidates.begin() + count, candidates.end(), before);
+    std::sort(candidates.begin(), candidates.begin() + count);
+  }
   std::copy_n(candidates.begin(), count, chosen);
   std::fill(chosen + count, chosen + slots, -1);
   return count;
@@ -107,7 +108,7 @@ void sum_bias(const NegativeCamLoss& p, Real* grad_bias) {
   for (int64_t n = 0; n < p.images; ++n) {
     for (int64_t slot = n * p.slots; slot < n * p.slots + p.counts[n]; ++slot) {
       const Real* kept = static_cast<const Real*>(p.kept) + slot * pixels;
-      sums[p.chosen[slot]] += std::accumulate(kept, kept + pixels, 0.0) * scale / p.counts[n];
+      sums[p.chosen[slot]] += map_sum(kept, pixels) * scale / p.counts[n];
     }
   }
   for (size_t l = 0; l < sums.size(); ++l) grad_bias[l] = static_cast<Real>(sums[l]);
