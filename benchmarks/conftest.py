@@ -13,7 +13,7 @@ import schema
 import torch
 
 RESULTS = pytest.StashKey[dict[str, list[schema.Row]]]()
-PROVIDERS = ("eager", "compile", "compile-max-autotune", "camkernels", "released")
+PROVIDERS = ("eager", "compile", "compile-max-autotune", "camkernels", "gathered", "released")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,7 +46,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         pairs = [(op, row, variant) for row in rows for variant in op.variants(row)]
         names = [f"{row['id']}-{variant}" for _, row, variant in pairs]
         metafunc.parametrize("case", pairs, ids=names, indirect=True, scope="session")
-        metafunc.parametrize("direction", harness.DIRECTIONS)
+        metafunc.parametrize("direction", op.directions)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -104,7 +104,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             allowed = (row.result_bytes + row.kept_bytes) / 2**20
             peak = "-" if row.peak_extra_bytes is None else f"{row.peak_extra_bytes / 2**20:.1f}"
             terminalreporter.write_line(
-                f"{row.id:16} {row.variant:8} {row.direction:17} {row.provider:21} {row.backend:10} "
+                f"{row.id:17} {row.variant:13} {row.direction:17} {row.provider:21} {row.backend:10} "
                 f"N {row.shape['N']:4} {row.seconds * 1e3:9.3f} ms "
                 f"{row.seconds / row.floor_seconds:6.2f} x floor "
                 f"peak {peak:>8} of {allowed:.1f} MiB  launches {row.launches or '-':>4} "

@@ -66,8 +66,11 @@ class Op:
     check: Callable[[Inputs, Tensors, Tensors, Tensors], None]
     # What backward may keep besides inputs and outputs: added to what memory is judged by.
     kept_bytes: Callable[[WorkloadRow], int] = lambda row: 0
-    # How the code that came with the paper does it, for a row and variant; None where it does not fit.
-    released: Callable[[WorkloadRow, str], Function | None] = lambda row, variant: None
+    # Other ways to the same that users take, by name, for a row and variant where they fit. Nothing is judged
+    # against them: the code that came with the paper ("released"), a careful user's ("gathered").
+    others: Callable[[WorkloadRow, str], Mapping[str, Function]] = lambda row, variant: {}
+    directions: tuple[str, ...] = DIRECTIONS
+    backends: tuple[str, ...] = _backend.BACKENDS  # that have kernels for it
 
 
 def workload_rows(op: str, selection: str) -> list[dict[str, Any]]:
@@ -115,9 +118,7 @@ def providers(
     if "compile-max-autotune" in wanted and device.type == "cuda":
         tuned = torch.compile(op.eager, fullgraph=True, dynamic=False, mode="max-autotune")
         offered.insert(2, Provider("compile-max-autotune", tuned, graphs=True))
-    released = op.released(row, variant)
-    if released is not None:
-        offered.append(Provider("released", released))
+    offered += [Provider(name, function) for name, function in op.others(row, variant).items()]
     return [provider for provider in offered if provider.name in wanted]
 
 
@@ -159,7 +160,7 @@ class Session:
                     partial(provider, inputs, direction), self.device, calls=300
                 )
                 for provider in providers(op, row, variant, self.device, self.wanted)
-                for direction in DIRECTIONS
+                for direction in op.directions
             }
             measure.forget_compiled(self.device)
         return self.host[op.name, variant]
@@ -185,7 +186,7 @@ class Case:
         self._check()
 
     def _check(self) -> None:
-        inputs, direction = self.sets[0], DIRECTIONS[1]
+        inputs, direction = self.sets[0], self.op.directions[-1]
         truth = Provider("reference", self.op.reference)(inputs.double(), direction)
         truth = tuple(tensor.detach() for tensor in truth)
         eager = tuple(tensor.detach() for tensor in Provider("eager", self.op.eager)(inputs, direction))
@@ -210,7 +211,7 @@ class Case:
         if provider.name != "camkernels":
             return "torch"
         device, dtype = self.session.device, self.session.dtype
-        return _backend.resolve(self.op.name, _backend.setting(), device.type, dtype)
+        return _backend.resolve(self.op.name, _backend.setting(), device.type, dtype, self.op.backends)
 
 
 def run_case(benchmark: BenchmarkFixture, case: Case, direction: str) -> list[Row]:

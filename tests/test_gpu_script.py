@@ -45,7 +45,7 @@ def test_every_step_has_its_share_of_nine_minutes(run):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all passed" in done.stdout
     steps = [line.split()[0] for line in (folder / "steps.txt").read_text().splitlines()]
-    assert len(steps) == len(calls) == 11
+    assert len(steps) == len(calls) == 13
     assert all((folder / f"{step}.log").read_text().startswith("said by") for step in steps)
     # Nothing took any time, so that a limit is the time from the start.
     limits = [int(limit) for limit, *_ in calls]
@@ -67,4 +67,4 @@ def test_a_failing_step_is_named_and_stops_none(run):
     done, folder, calls = run(fails="synccheck")
     assert done.returncode == 1
     assert f"failed: synccheck; the logs are in {folder}" in done.stdout
-    assert len(calls) == 11
+    assert len(calls) == 13
