@@ -35,6 +35,7 @@ POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
     torch.float64: "*fp64",
+    torch.int8: "*i8",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -117,6 +118,13 @@ def record() -> list[tuple[Any, ...]]:
     )
     target = torch.empty((2, 3), dtype=torch.int64)
     many = torch.empty((2, 20), dtype=torch.int64)
+    several, logits = torch.empty((2, 365), dtype=torch.bool), torch.empty((2, 365))
+    negatives = (
+        (7, 1000, 2048, "mse", target[:, 0], None, 100),
+        (7, 365, 256, "uniform", several, logits, 20),
+        (40, 365, 256, "uniform", target[:, 0], logits, 364),
+        (14, 365, 256, "mse", target[:, 0], None, 20),
+    )
     pairs = (
         (transforms.HorizontalFlip(), 7, 7, 14),
         (transforms.HorizontalFlip(), 9, 9, 80),
@@ -177,6 +185,22 @@ def record() -> list[tuple[Any, ...]]:
             vectors = torch.empty((8, 3, depth), dtype=dtype, requires_grad=True)
             backward(
                 camkernels.stochastic_consistency(vectors, torch.zeros(8, dtype=torch.int64), squared=squared)
+            )
+        for size, classes, channels, kind, target_of, scores, num_negatives in negatives[
+            layouts.index(layout) :: 2
+        ]:
+            features = features_of(dtype, layout, size, channels)
+            camkernels.focus_area(features)
+            backward(
+                camkernels.fused_negative_cam_loss(
+                    features,
+                    torch.empty((classes, channels), dtype=weight_dtype, requires_grad=True),
+                    target_of,
+                    bias=bias[:1].expand(classes),
+                    logits=scores,
+                    num_negatives=num_negatives,
+                    kind=kind,
+                )
             )
         for transform, size, size_t, classes in pairs[layouts.index(layout) :: 2]:
             backward(

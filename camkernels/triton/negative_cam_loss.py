@@ -62,16 +62,21 @@ def pixel_sums_kernel(
     program = tl.program_id(0)
     channel_blocks = tl.cdiv(channels, BLOCK_C)
     image = (program // channel_blocks).to(tl.int64)
-    channel = program % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    present = channel < channels
-    channel_ptrs = features_ptr + image * channels * pixels + channel.to(tl.int64) * stride_c
+    first_channel = program % channel_blocks * BLOCK_C
+    channel = tl.arange(0, BLOCK_C)
+    present = first_channel + channel < channels
+    features_ptr += image * channels * pixels + tl.cast(first_channel, tl.int64) * stride_c
+    pixel = tl.arange(0, BLOCK_P)
+    # 32 bits reach across a block of channels and pixels.
+    offset = channel[:, None] * stride_c + pixel[None, :] * stride_p
     sums = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
     for first in range(0, pixels, BLOCK_P):
-        pixel = first + tl.arange(0, BLOCK_P)
-        ptrs = channel_ptrs[:, None] + pixel[None, :].to(tl.int64) * stride_p
-        values = tl.load(ptrs, mask=present[:, None] & (pixel < pixels)[None, :], other=0.0)
+        inside = first + pixel < pixels
+        values = tl.load(features_ptr + offset, mask=present[:, None] & inside[None, :], other=0.0)
         sums += values.to(tl.float32)
-    tl.store(sums_ptr + image * channels + channel, tl.sum(sums, 1), mask=present)
+        features_ptr += tl.cast(stride_p, tl.int64) * BLOCK_P
+    sums_ptr += image * channels + first_channel
+    tl.store(sums_ptr + channel, tl.sum(sums, 1), mask=present)
 
 
 @triton.jit
@@ -380,12 +385,18 @@ def negative_cam_weight_bwd_kernel(
     if grad_weight_ptr is not None:
         channel_blocks = tl.cdiv(channels, BLOCK_C)
     owners = tl.cdiv(classes, OWNED)
-    channel = program % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    present = channel < channels
+    first_channel = program % channel_blocks * BLOCK_C
+    channel = tl.arange(0, BLOCK_C)
+    present = first_channel + channel < channels
+    features_ptr += tl.cast(first_channel, tl.int64) * stride_c
     owner = program // channel_blocks % owners
     label = owner * OWNED + tl.arange(0, OWNED)
     split = (program // (channel_blocks * owners)).to(tl.int64)
     row = tl.arange(0, BLOCK_J)
+    pixel = tl.arange(0, BLOCK_P)
+    # 32 bits reach across a block of slots or channels, and pixels.
+    grad_offset = row[:, None] * pixels + pixel[None, :]
+    offset = channel[None, :] * stride_c + pixel[:, None] * stride_p
     sums = tl.zeros([OWNED, BLOCK_C], tl.float32)
     bias_sums = tl.zeros([OWNED], tl.float32)
     last_image = tl.minimum((split + 1) * images_each, images)
@@ -394,21 +405,20 @@ def negative_cam_weight_bwd_kernel(
         begin = tl.load(begin_ptr + image * (owners + 1) + owner)
         end = tl.load(begin_ptr + image * (owners + 1) + owner + 1)
         for first in range(begin, end, BLOCK_J):
-            slot = first + row
-            index = image * slots + slot
-            of_slot = tl.load(chosen_ptr + index, mask=slot < end, other=-1)
+            used = first + row < end
+            first_slot = image * slots + first
+            of_slot = tl.load(chosen_ptr + first_slot + row, mask=used, other=-1)
             rows = tl.zeros([BLOCK_J, BLOCK_C], tl.float32)
             row_sums = tl.zeros([BLOCK_J], tl.float32)
             for first_pixel in range(0, pixels, BLOCK_P):
-                pixel = first_pixel + tl.arange(0, BLOCK_P)
-                inside = pixel < pixels
-                grad_ptrs = kept_ptr + index[:, None] * pixels + pixel[None, :]
-                grad = tl.load(grad_ptrs, mask=(slot < end)[:, None] & inside[None, :], other=0.0)
+                inside = first_pixel + pixel < pixels
+                grad_ptrs = kept_ptr + first_slot * pixels + first_pixel + grad_offset
+                grad = tl.load(grad_ptrs, mask=used[:, None] & inside[None, :], other=0.0)
                 if grad_bias_ptr is not None:
                     row_sums += tl.sum(grad, 1)
                 if grad_weight_ptr is not None:
-                    offset = channel[None, :].to(tl.int64) * stride_c + pixel[:, None].to(tl.int64) * stride_p
-                    ptrs = features_ptr + image * channels * pixels + offset
+                    first_value = image * channels * pixels + tl.cast(first_pixel, tl.int64) * stride_p
+                    ptrs = features_ptr + first_value + offset
                     values = tl.load(ptrs, mask=inside[:, None] & present[None, :], other=0.0)
                     rows = tl.dot(grad, values.to(tl.float32), rows, input_precision=PRECISION)
             of_label = label[:, None] == of_slot[None, :]  # [OWNED, BLOCK_J]
@@ -420,9 +430,9 @@ def negative_cam_weight_bwd_kernel(
                 sums += tl.where(place >= 0, factor * tl.gather(rows, index_of_row, 0), 0.0)
     known = label < classes
     if grad_weight_ptr is not None:
-        ptrs = grad_weight_ptr + (split * classes + label)[:, None] * channels + channel[None, :]
+        row_ptrs = grad_weight_ptr + (split * classes + label)[:, None] * channels + first_channel
         sums = narrow(sums, grad_weight_ptr.dtype.element_ty)
-        tl.store(ptrs, sums, mask=known[:, None] & present[None, :])
+        tl.store(row_ptrs + channel[None, :], sums, mask=known[:, None] & present[None, :])
     if grad_bias_ptr is not None:
         # The program of the first channels writes for all.
         end = tl.where(program % channel_blocks == 0, classes, 0)
@@ -518,7 +528,8 @@ def negative_cam_loss_fwd(
         half = features.dtype in HALF_TYPES and weight.dtype == features.dtype
         layout = {"CHANNELS_LAST": is_channels_last(features), "ALIGN": align}
         if pixels <= WHOLE_MAP:
-            block_k, block_p = power_of_two(slots, 16, 32), power_of_two(pixels, 16, WHOLE_MAP)
+            block_p = power_of_two(pixels, 16, WHOLE_MAP)
+            block_k = power_of_two(slots, 16, 32 if block_p <= 128 else 16)
             negative_cam_loss_fwd_kernel[(images * triton.cdiv(slots, block_k),)](
                 features,
                 weight,
@@ -662,7 +673,7 @@ def negative_cam_loss_bwd(
             OWNED=owned,
             BLOCK_J=power_of_two(triton.cdiv(slots * owned, classes), 16, MOST_SLOTS),
             BLOCK_C=block_c,
-            BLOCK_P=power_of_two(pixels, 16, 64),
+            BLOCK_P=16,
             num_warps=4,
             **registers(255),
         )
