@@ -1084,15 +1084,18 @@ class TestNegativesAndFocusAreaOnAGpu:
     @pytest.mark.parametrize("shape", [(7, 7), (33, 40)])
     def test_nothing_synchronises(self, kind, multi_hot, shape):
         case = Case(device="cuda", shape=shape)
-        inputs, target = negatives_inputs(case), negatives_target(case, multi_hot)
+        inputs, target, given = (
+            negatives_inputs(case),
+            negatives_target(case, multi_hot),
+            negatives_logits(case),
+        )
 
         def step():
-            for logits in (None, negatives_logits_on_gpu):
+            for logits in (None, given):
                 options = {"bias": inputs[2], "logits": logits, "num_negatives": 3, "kind": kind}
                 fused_negative_cam_loss(*inputs[:2], target, **options).backward()
             focus_area(inputs[0])
 
-        negatives_logits_on_gpu = negatives_logits(case)
         step()
         torch.cuda.set_sync_debug_mode("error")
         try:
