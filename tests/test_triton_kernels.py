@@ -21,7 +21,7 @@ import triton  # noqa: E402  (it may be absent)
 import triton.language as tl  # noqa: E402
 
 from camkernels.transforms import Affine, HorizontalFlip, Scale, Translate  # noqa: E402
-from camkernels.triton import cam, cam_erase, cam_seeds, front  # noqa: E402
+from camkernels.triton import cam, cam_erase, cam_seeds, front, negative_cam_loss  # noqa: E402
 
 
 @pytest.fixture
@@ -260,6 +260,205 @@ def test_a_seed_outside_the_map_has_no_gradient(add):
     expected[:, 5] += 1
     assert torch.equal(guarded[1].flatten(1), expected)
     assert (guarded[::2] == 1).all()
+
+
+@pytest.mark.parametrize("size", [7, 17], ids=["one block", "several blocks"])
+def test_focus_area_is_one_launch(started, size):
+    camkernels.focus_area(inputs((2, 12, size, size))[0])
+    assert started == ["focus_area_kernel"]
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("given", [True, False], ids=["logits", "no logits"])
+@pytest.mark.parametrize(
+    "shape, maps",
+    [
+        ((2, 12, 7, 7), ["negative_cam_loss_fwd_kernel"]),
+        ((2, 12, 17, 16), ["cam_product_fwd_kernel", "map_losses_kernel"]),
+    ],
+    ids=["one block", "several blocks"],
+)
+def test_negative_maps_are_made_once(started, shape, maps, given, bias):
+    features, weight, target = inputs(shape)
+    leaves = [x.requires_grad_() for x in (features, weight, torch.zeros(5, device=DEVICE))]
+    logits = torch.randn((2, 5), device=DEVICE) if given else None
+    loss = camkernels.fused_negative_cam_loss(
+        *leaves[:2], target, bias=leaves[2] if bias else None, logits=logits, num_negatives=2
+    )
+    keys = [] if given else ["pixel_sums_kernel", "cam_product_fwd_kernel"]
+    assert started == [*keys, "choose_negatives_kernel", *maps]
+    started.clear()
+    loss.backward()
+    # The gradient of the bias is made beside that of the weight; parts are added up.
+    parts = ["sum_parts_kernel"] * (2 if bias else 1)
+    products = ["cam_product_features_bwd_kernel", "negative_cam_weight_bwd_kernel"]
+    assert started == ["owners_kernel", *products, *parts]
+
+
+def test_only_wanted_gradients_of_negative_maps_are_computed(started):
+    features, weight, target = inputs((1, 12, 3, 3))
+    leaves = [features, weight, torch.zeros(5, device=DEVICE)]
+    for place, name in enumerate(
+        (
+            "cam_product_features_bwd_kernel",
+            "negative_cam_weight_bwd_kernel",
+            "negative_cam_weight_bwd_kernel",
+        )
+    ):
+        wanted = [x.detach().requires_grad_(i == place) for i, x in enumerate(leaves)]
+        loss = camkernels.fused_negative_cam_loss(*wanted[:2], target, bias=wanted[2], num_negatives=2)
+        started.clear()
+        loss.backward()
+        assert started == ["owners_kernel", name]
+
+
+def chosen_negatives(logits: torch.Tensor, target: torch.Tensor, num_negatives: int) -> torch.Tensor:
+    """[N, K] by the kernel."""
+    chosen = torch.full((len(logits), num_negatives), 99, dtype=torch.int32, device=DEVICE)
+    counts = chosen.new_empty(len(logits))
+    negative_cam_loss.choose_negatives(logits.to(DEVICE), None, target.to(DEVICE), 1, chosen, counts)
+    assert torch.equal(counts, (chosen >= 0).sum(1, dtype=torch.int32))
+    return chosen.cpu()
+
+
+def expected_negatives(logits: torch.Tensor, shown: torch.Tensor, num_negatives: int) -> torch.Tensor:
+    """By torch's stable sort; ``shown`` [N, L] bool."""
+    rows = []
+    for image in range(len(logits)):
+        order = logits[image].float().sort(descending=True, stable=True).indices
+        rising = order[~shown[image, order]][:num_negatives].sort().values
+        rows.append(torch.nn.functional.pad(rising, (0, num_negatives - len(rising)), value=-1))
+    return torch.stack(rows).int()
+
+
+HARD = torch.tensor([0.0, -0.0, 1.0, 1.0, torch.nan, -torch.nan, torch.inf, -torch.inf, 1e-45, -1e-45, -1.0])
+
+
+@pytest.mark.parametrize(
+    "classes, dtype",
+    [(1, torch.float32), (2, torch.float32), (7, torch.float32), (33, torch.bfloat16), (1100, torch.float32)],
+    ids=str,
+)
+def test_choice_of_negatives_is_that_of_a_stable_sort(classes, dtype):
+    """NaN, infinities, zeros of both signs and ties, in one block of classes and in several."""
+    draw = torch.Generator().manual_seed(classes)
+    logits = torch.stack(
+        [
+            torch.randn(classes, generator=draw),
+            HARD[torch.randint(len(HARD), (classes,), generator=draw)],
+            torch.randint(-2, 3, (classes,), generator=draw).float(),
+            torch.full((classes,), -torch.inf),
+            torch.full((classes,), torch.nan),
+            torch.zeros(classes),
+        ]
+    ).to(dtype)
+    label = torch.randint(classes, (len(logits),), generator=draw)
+    shown = torch.arange(classes) == label[:, None]
+    several = torch.rand(logits.shape, generator=draw) < 0.3
+    several[0], several[1], several[1, -1] = False, True, False
+    for num_negatives in (max(classes // 3, 1), classes):
+        found = chosen_negatives(logits, several, num_negatives)
+        assert torch.equal(found, expected_negatives(logits, several, num_negatives))
+    found = chosen_negatives(logits, label.int(), num_negatives - 1 or 1)
+    assert torch.equal(found, expected_negatives(logits, shown, num_negatives - 1 or 1))
+
+
+def test_negatives_of_equal_logits_next_to_each_other():
+    """Logits that differ in the last bit only, on either side of 0, of 1 and of the largest number."""
+    values = torch.tensor([0.0, 1.0, 3.4028234663852886e38, -1.0])
+    values = torch.cat([values, values.nextafter(torch.tensor(torch.inf)), values.nextafter(-torch.ones(()))])
+    logits = values.repeat(3)[torch.randperm(36, generator=torch.Generator().manual_seed(0))][None]
+    shown = torch.zeros((1, 36), dtype=torch.bool)
+    for num_negatives in range(1, 37, 5):
+        found = chosen_negatives(logits, shown, num_negatives)
+        assert torch.equal(found, expected_negatives(logits, shown, num_negatives))
+
+
+@pytest.mark.parametrize("target", [-1, 99])
+@pytest.mark.parametrize("size", [7, 17], ids=["one block", "several blocks"])
+@pytest.mark.parametrize("uniform", [False, True], ids=["mse", "uniform"])
+def test_kernels_make_the_loss_of_no_class_nan(target, size, uniform):
+    """The ops themselves, which check nothing."""
+    features, weight, label = inputs((2, 12, size, size))
+    label[0] = target
+    losses, chosen, counts, kept, positive = torch.ops.camkernels.negative_cam_loss_fwd(
+        features, weight, label, None, None, 3, uniform, 0.0, 1.0, True, "triton"
+    )
+    assert losses[0].isnan().all()
+    assert kept[0].isnan().all()
+    assert losses[1].isfinite().all()
+    assert kept[1].isfinite().all()
+    assert chosen[0].tolist() == [5, 5, 5]
+    assert counts.tolist() == [3, 3]
+    assert positive[0].tolist() == [0, 0, 0]
+    grad = torch.ones((), device=DEVICE)
+    grad_features, grad_weight, grad_bias = torch.ops.camkernels.negative_cam_loss_bwd(
+        features, weight, grad, chosen, counts, kept, uniform, 1.0, True, True, True, "triton"
+    )
+    assert grad_features[0].isnan().all()
+    assert grad_features[1].isfinite().all()
+    assert grad_weight.isfinite().all()
+    assert grad_bias.isfinite().all()
+
+
+@pytest.mark.parametrize("num_negatives", [3, 260], ids=["few", "all"])
+def test_rows_of_the_weight_add_up_their_own_images(num_negatives):
+    """Classes of several owners, more slots of an owner than a product takes; a NaN stays with its class."""
+    draw = torch.Generator().manual_seed(2)
+    features = torch.randn((3, 20, 2, 3), generator=draw)
+    weight, bias = torch.randn((261, 20), generator=draw), torch.randn(261, generator=draw)
+    logits, grad = torch.randn((3, 261), generator=draw), torch.randn((), generator=draw)
+    bias[140] = torch.nan
+    logits[:, 140] = torch.tensor([9.0, -9.0, 9.0])
+    target = torch.tensor([260, 140, 0])
+
+    def run(function, dtype):
+        leaves = [x.to(DEVICE, dtype).requires_grad_() for x in (features, weight, bias)]
+        loss = function(
+            *leaves[:2],
+            target.to(DEVICE),
+            bias=leaves[2],
+            logits=logits.to(DEVICE, dtype),
+            num_negatives=num_negatives,
+            level=0.5,
+        )
+        return [loss.detach(), *torch.autograd.grad(loss, leaves, grad.to(DEVICE, dtype))]
+
+    with camkernels.use_backend("triton"):
+        ours = run(camkernels.fused_negative_cam_loss, torch.float32)
+    theirs = run(reference.negative_cam_loss, torch.float32)
+    truth = run(reference.negative_cam_loss, torch.float64)
+    assert truth[2].isnan().any(1).nonzero().flatten().tolist() == [140]
+    for name, a, b, c in zip(("loss", "features", "weight", "bias"), ours, theirs, truth, strict=True):
+        assert_as_close_as(a, b, c, what=name)
+
+
+def test_slots_without_a_class_add_nothing():
+    """Whatever the features and the weight hold there, and whatever the gradient."""
+    features = torch.full((2, 3, 2, 2), torch.nan, device=DEVICE)
+    features[1] = 1.0
+    weight = torch.tensor([[torch.inf] * 3, [2.0] * 3, [torch.nan] * 3], device=DEVICE)
+    target = torch.tensor([[True, True, True], [True, False, True]], device=DEVICE)
+    logits = torch.zeros((2, 3), device=DEVICE)
+    for uniform in (False, True):
+        losses, chosen, counts, kept, positive = torch.ops.camkernels.negative_cam_loss_fwd(
+            features, weight, target, None, logits, 3, uniform, 0.0, 1.0, True, "triton"
+        )
+        assert chosen.tolist() == [[-1, -1, -1], [1, -1, -1]]
+        assert counts.tolist() == [0, 1]
+        assert positive.tolist() == [[0, 0, 0], [4, 0, 0]]
+        assert losses.tolist() == [[0, 0, 0], [0.0 if uniform else 18.0, 0, 0]]
+        assert not kept[0].any()
+        assert not kept[1, 1:].any()
+        for value in (1.0, torch.nan):
+            grad_features, grad_weight, grad_bias = torch.ops.camkernels.negative_cam_loss_bwd(
+                *(features, weight, torch.tensor(value, device=DEVICE), chosen, counts, kept),
+                *(uniform, 1.0, True, True, True, "triton"),
+            )
+            assert not grad_features[0].any()
+            assert not grad_weight[::2].any()
+            assert not grad_bias[::2].any()
+            assert grad_weight[1].isnan().all() == (value != value)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -489,6 +489,32 @@ def map_sums(features: Tensor, weight: Tensor) -> Tensor:
     return scores
 
 
+def choose_negatives(
+    scores: Tensor,  # [N, L]
+    bias: Tensor | None,  # [L]
+    target: Tensor,  # [N], or [N, L] bool
+    pixels: int,
+    chosen: Tensor,  # [N, K]
+    counts: Tensor,  # [N]
+) -> None:
+    images, classes = scores.shape
+    multi_hot = target.dim() == 2
+    choose_negatives_kernel[(images,)](
+        scores,
+        bias,
+        target.view(torch.int8) if multi_hot else target,
+        chosen,
+        counts,
+        chosen.shape[1],
+        classes,
+        pixels,
+        MULTI_HOT=multi_hot,
+        BLOCK=power_of_two(classes, 16, 1024),
+        num_warps=8,
+        **registers(128),
+    )
+
+
 def negative_cam_loss_fwd(
     features: Tensor,  # [N, C, H, W]
     weight: Tensor,  # [L, C]
@@ -509,22 +535,11 @@ def negative_cam_loss_fwd(
     images, channels, height, width = features.shape
     classes, slots, pixels = weight.shape[0], chosen.shape[1], height * width
     align = alignment(pixels)
-    multi_hot = target.dim() == 2
     with on_device_of(features):
-        choose_negatives_kernel[(images,)](
-            map_sums(features, weight) if logits is None else logits,
-            bias if logits is None else None,
-            target.view(torch.int8) if multi_hot else target,
-            chosen,
-            counts,
-            slots,
-            classes,
-            pixels,
-            MULTI_HOT=multi_hot,
-            BLOCK=power_of_two(classes, 16, 1024),
-            num_warps=8,
-            **registers(128),
-        )
+        if logits is None:
+            choose_negatives(map_sums(features, weight), bias, target, pixels, chosen, counts)
+        else:
+            choose_negatives(logits, None, target, pixels, chosen, counts)
         half = features.dtype in HALF_TYPES and weight.dtype == features.dtype
         layout = {"CHANNELS_LAST": is_channels_last(features), "ALIGN": align}
         if pixels <= WHOLE_MAP:
