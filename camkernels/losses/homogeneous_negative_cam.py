@@ -69,8 +69,8 @@ class HomogeneousNegativeCAMLoss(nn.Module):
 
     What neither preset does: the released uniform kind contains a constant, log(H * W) for each negative. The
     released code computes the heatmaps of all classes, takes 100 negatives or fails, knows one class per
-    image only, and builds its index of all heatmaps on the host at each step. It monitors how many pixels
-    are above 0 in the heatmaps of all classes but the target, per image.
+    image only, and builds its index on the host at each step. It monitors how many pixels are above 0 in the
+    heatmaps of all classes but the target, per image.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
