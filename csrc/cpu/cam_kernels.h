@@ -151,6 +151,10 @@ void cam_bwd_channels(const CamBwd& p, int64_t channel_begin, int64_t channel_en
           panel<Real>({rows.get() + line, 1, width}, grad_raw, p.pixels, block.get(), p.pixels, count, p.maps,
                       p.pixels, nullptr, true);
         }
+        if (line_stride == length) {  // in one run: streams of single short lines cost several times as much
+          store_row(block.get(), grad_features + line * length, count * length, p.streamed);
+          continue;
+        }
         for (int64_t i = 0; i < count; ++i) {
           store_row(block.get() + i * length, grad_features + (line + i) * line_stride, length, p.streamed);
         }
