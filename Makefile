@@ -8,12 +8,13 @@ CPP := $(shell find csrc tests/cuda_emulator -name '*.h' -o -name '*.cpp' -o -na
 # A change of these rebuilds the extension, as a change of its sources does.
 SETTINGS := $(CAMKERNELS_CUDA)|$(CAMKERNELS_DEBUG)|$(TORCH_CUDA_ARCH_LIST)|$(CUDA_HOME)|$(CXX)
 
-.PHONY: FORCE help install test demo demo-vac demo-i2c bench lint format gpu clean
+.PHONY: FORCE help install test demo demo-vac demo-i2c demo-hnc bench lint format gpu clean
 
 help:
 	@echo "make demo     train with PCL on real images, write demo/"
 	@echo "make demo-vac the same with VAC on images of several classes, write demo-vac/"
 	@echo "make demo-i2c the same with I2C on images of one object, found by its box, write demo-i2c/"
+	@echo "make demo-hnc the same with HNC on images of one class and of several, write demo-hnc/"
 	@echo "make test     the whole test suite"
 	@echo "make bench    benchmarks of this machine, and their report"
 	@echo "make lint     ruff, clang-format, mypy"
@@ -47,6 +48,9 @@ demo-vac: install
 demo-i2c: install
 	$(PY) examples/train_digit_scenes.py --method i2c --output demo-i2c
 
+demo-hnc: install
+	$(PY) examples/train_digit_scenes.py --method hnc --output demo-hnc
+
 bench: install
 	$(PY) -m pytest benchmarks --rows all --results benchmarks/results
 	$(PY) benchmarks/report.py
@@ -66,4 +70,4 @@ gpu:
 	PYTHON=$(PYTHON) tools/gpu.sh $(RESULTS)
 
 clean:
-	rm -rf build $(VENV) demo demo-vac demo-i2c camkernels/*.so *.egg-info
+	rm -rf build $(VENV) demo demo-vac demo-i2c demo-hnc camkernels/*.so *.egg-info

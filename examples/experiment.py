@@ -41,6 +41,7 @@ class Experiment(ABC, Generic[E]):
     defaults: ClassVar[dict[str, Any]]  # of the options that all experiments have
     fewest_scenes: ClassVar[int] = 2  # to train on
     no_folder: ClassVar[str] = ""  # why a folder of images will not do
+    folder: ClassVar[str] = ""  # of its results, in that of a method with several experiments
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options

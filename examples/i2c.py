@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from digit_scenes import SIZE, Scenes, object_pictures, object_scenes
 from experiment import Evaluation, Experiment, Pairs, TimedOp
-from findings import paired, verdict
+from findings import paired, percent, verdict
 from network import Network
 from option_types import above_zero, at_least, positive, share
 from pictures import BoxRow, save_boxes
@@ -279,7 +279,3 @@ def fall(before: Tensor, after: Tensor) -> str:
         f"error from {old:.1f} % to {new:.1f} % ({new - old:+.1f} ± {100 * uncertainty:.1f} points): "
         f"{verdict(gain, uncertainty)}"
     )
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.1f}"

@@ -59,14 +59,20 @@ class HeatRow(NamedTuple):
     """What one network looks at, for one label of each image."""
 
     title: str
-    heat: Sequence[Tensor]  # one [R, H, W] in [0, 1] for each version of the images
+    heat: Sequence[Tensor]  # one [R, H, W] in [0, 1] for each column
+    captions: Sequence[Sequence[str]] = ()  # on each column's R heatmaps; nothing leaves them bare
 
 
 def save_heat_rows(
-    path: Path, scenes: Scenes, labels: Sequence[int], headings: Sequence[str], rows: Sequence[HeatRow]
+    path: Path,
+    scenes: Scenes,
+    labels: Sequence[Sequence[int]],
+    headings: Sequence[str],
+    rows: Sequence[HeatRow],
+    notes: Sequence[str] = (),
 ) -> None:
-    """Two images beside each other: each with its versions from left to right and the networks one above the
-    other."""
+    """Two images beside each other, the digits of their ``labels`` in boxes: each with its columns to the
+    right, the networks one above the other, and its note below."""
     panel, gap, top, label_width = PANEL, 8, 26, 22
     block_width = gap + (len(headings) + 1) * (panel + gap) + label_width
     block_height = top + len(rows) * (panel + gap)
@@ -80,16 +86,25 @@ def save_heat_rows(
         axes.set(xticks=[], yticks=[])
         return axes
 
-    for block, label in enumerate(labels):
+    for block, names in enumerate(labels):
         image = scenes.images[block].permute(1, 2, 0).numpy() / 255  # [SIZE, SIZE, 3]
         axes = axes_at(block, 0, 0)
         axes.imshow(image, interpolation="nearest")
-        _draw_boxes(axes, scenes, block, label)
-        axes.set_title(f"label {scenes.classes[label]}", fontsize=12, pad=4)
+        _draw_boxes(axes, scenes, block, names)
+        title = ", ".join(scenes.classes[name] for name in names)
+        axes.set_title(f"label{'s' if len(names) > 1 else ''} {title}", fontsize=12, pad=4)
+        if notes:
+            below = axes_at(block, 1, 0)
+            below.axis("off")
+            below.text(
+                0, 0.96, notes[block], transform=below.transAxes, va="top", fontsize=12, linespacing=1.4
+            )
         for place, row in enumerate(rows):
             for column, (heading, heat) in enumerate(zip(headings, row.heat, strict=True), 1):
                 axes = axes_at(block, place, column)
                 _draw_heat(axes, image, heat[block])
+                if row.captions:
+                    _write_on(axes, row.captions[column - 1][block], "#202020")
                 if place == 0:
                     axes.set_title(heading, fontsize=11, pad=4)
                 if column == 1:
@@ -138,11 +153,11 @@ def _save(figure: Figure, path: Path) -> None:
     Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
-def _draw_boxes(axes: Axes, scenes: Scenes, row: int, label: int | None = None) -> None:
-    """Around the digits, or around those of one class."""
+def _draw_boxes(axes: Axes, scenes: Scenes, row: int, labels: Sequence[int] | None = None) -> None:
+    """Around the digits, or around those of some classes."""
     boxes = scenes.boxes[row] if scenes.boxes else ()
-    if label is not None and scenes.written is not None:
-        boxes = tuple(box for box, name in zip(boxes, scenes.written[row], strict=True) if name == label)
+    if labels is not None and scenes.written is not None:
+        boxes = tuple(box for box, name in zip(boxes, scenes.written[row], strict=True) if name in labels)
     for box in boxes:
         _draw_box(axes, box, "white")
 
@@ -166,16 +181,21 @@ def _draw(
     if column.prediction is not None:
         predicted = int(column.prediction[row])
         right = predicted == label
-        axes.text(
-            0.03,
-            0.96,
-            classes[predicted] + (" ✓" if right else " ✗"),
-            transform=axes.transAxes,
-            va="top",
-            fontsize=12,
-            color="white",
-            bbox={"facecolor": "#1a7f37" if right else "#b3261e", "edgecolor": "none", "pad": 2.5},
-        )
+        _write_on(axes, classes[predicted] + (" ✓" if right else " ✗"), "#1a7f37" if right else "#b3261e")
+
+
+def _write_on(axes: Axes, text: str, background: str) -> None:
+    """In the upper left corner."""
+    axes.text(
+        0.03,
+        0.96,
+        text,
+        transform=axes.transAxes,
+        va="top",
+        fontsize=12,
+        color="white",
+        bbox={"facecolor": background, "edgecolor": "none", "pad": 2.5},
+    )
 
 
 def _draw_heat(axes: Axes, image: np.ndarray[Any, Any], heat: Tensor) -> None:

@@ -3,13 +3,15 @@
     python examples/train_digit_scenes.py                     digit scenes, cross-entropy against PCL
     python examples/train_digit_scenes.py --method vac        several classes in each scene, VAC
     python examples/train_digit_scenes.py --method i2c        one object in each scene, found by I2C
+    python examples/train_digit_scenes.py --method hnc        one class in each scene, then several; HNC
     python examples/train_digit_scenes.py --data photos/      one subfolder of images per class
     python examples/train_digit_scenes.py --device cuda --epochs 20
     torchrun --nproc-per-node 2 examples/train_digit_scenes.py --method i2c
 
 All runs start from the same weights and see the same batches; several processes share each batch. Tables are
 printed; the picture ``scenes.png`` and all numbers, ``results.json``, go to the folder ``demo``, those of vac
-and i2c to ``demo-vac`` and ``demo-i2c``.
+and i2c to ``demo-vac`` and ``demo-i2c``, those of hnc to a folder for each of its two kinds of scenes in
+``demo-hnc``.
 """
 
 import argparse
@@ -27,6 +29,7 @@ import sklearn
 import torch
 from experiment import Evaluation, Experiment
 from findings import op_sentence, op_table
+from hnc import MultiLabelHnc, SingleLabelHnc
 from i2c import I2cExperiment
 from network import Network
 from option_types import device, positive
@@ -41,10 +44,12 @@ import camkernels
 from camkernels import fused_cam
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
-EXPERIMENTS: dict[str, type[Experiment[Any]]] = {
-    "i2c": I2cExperiment,
-    "pcl": PclExperiment,
-    "vac": VacExperiment,
+# Done one after the other; the first of a method's experiments speaks for its options.
+EXPERIMENTS: dict[str, Sequence[type[Experiment[Any]]]] = {
+    "hnc": (SingleLabelHnc, MultiLabelHnc),
+    "i2c": (I2cExperiment,),
+    "pcl": (PclExperiment,),
+    "vac": (VacExperiment,),
 }
 
 
@@ -76,7 +81,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     # The method decides about its own options, about defaults and about what --help says of both.
     method = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     method.add_argument("--method", default="pcl")
-    chosen = EXPERIMENTS.get(method.parse_known_args(arguments)[0].method, PclExperiment)
+    name = method.parse_known_args(arguments)[0].method
+    chosen = EXPERIMENTS.get(name, EXPERIMENTS["pcl"])[0]
     chosen.add_options(parser)
     parser.set_defaults(**chosen.defaults)
     options, unknown = parser.parse_known_args(arguments)
@@ -107,7 +113,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     with camkernels.use_backend(options.backend), joined(options.device) as options.device:
-        compare(EXPERIMENTS[options.method](options), options, Console(quiet=world().rank > 0))
+        console = Console(quiet=world().rank > 0)
+        for experiment in EXPERIMENTS[options.method]:
+            compare(experiment(options), options, console)
 
 
 def compare(experiment: Experiment[Any], options: argparse.Namespace, console: Console) -> None:
@@ -177,8 +185,9 @@ def compare(experiment: Experiment[Any], options: argparse.Namespace, console: C
     for sentence in findings:
         console.print(sentence, highlight=False)
 
-    options.output.mkdir(parents=True, exist_ok=True)
-    picture = options.output / "scenes.png"
+    folder = options.output / experiment.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    picture = folder / "scenes.png"
     experiment.save_picture(picture, pairs, evaluations, test_scenes, standardise)
     results = {
         "runs": runs,
@@ -196,7 +205,7 @@ def compare(experiment: Experiment[Any], options: argparse.Namespace, console: C
         "seconds": time.perf_counter() - began,
         "cpu_seconds": time.process_time() - began_cpu,
     }
-    numbers = options.output / "results.json"
+    numbers = folder / "results.json"
     numbers.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     console.print(f"{picture} and {numbers} written after {results['seconds']:.0f} s")
 

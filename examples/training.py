@@ -79,7 +79,7 @@ class Step(nn.Module):
 
 
 class Standardise:
-    """uint8 images to float, with mean 0 and deviation 1 for each colour of the training images."""
+    """Images of 0 to 255 to float, with mean 0 and deviation 1 for each colour of the training images."""
 
     def __init__(self, images: Tensor, device: torch.device) -> None:
         total, squares = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)

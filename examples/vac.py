@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from digit_scenes import SIZE, Scenes, digit_crops, multi_label_scenes
 from experiment import Evaluation, Experiment, Pairs, TimedOp
-from findings import paired, verdict
+from findings import compare_map, mean_average_precision, paired, percent, verdict
 from network import Network
 from option_types import above_zero
 from pictures import HeatRow, save_heat_rows
 from rich.table import Table
 from torch import Tensor
-from torchmetrics.functional.classification import multilabel_average_precision, multilabel_f1_score
+from torchmetrics.functional.classification import multilabel_f1_score
 from training import Method, Stage, Standardise
 
 from camkernels import fused_cam, fused_cam_transform_mse
@@ -29,7 +29,6 @@ SCALE = Scale((80, 80))
 TRANSFORMS: dict[str, Transform] = {"flip": FLIP, "scale": SCALE}
 CROP = 32
 PRETRAINING = {"epochs": 7, "learning_rate": 0.1}
-RESAMPLES = 100
 PICTURE_ROWS = 4
 
 
@@ -185,13 +184,17 @@ class VacExperiment(Experiment[VacEvaluation]):
 
     def sentences(self, evaluations: Mapping[str, VacEvaluation], step_ms: Mapping[str, float]) -> list[str]:
         baseline, flipped, flip, both = evaluations.values()
+
+        def map_change(before: VacEvaluation, after: VacEvaluation) -> str:
+            return compare_map(before.probability, after.probability, baseline.target)
+
         ratios = [f"{value / step_ms['baseline']:.1f}" for value in step_ms.values()][1:]
         told = [
             "The paper's claims are that attention consistency raises mAP, also above training on the same "
             "transformed images, and that it makes heatmaps far more consistent.",
-            f"mAP, VAC with flip against the baseline: {compare_map(baseline, flip)}.",
-            f"mAP, VAC with flip against training on flipped images: {compare_map(flipped, flip)}.",
-            f"mAP, VAC with flip and scale against the baseline: {compare_map(baseline, both)}.",
+            f"mAP, VAC with flip against the baseline: {map_change(baseline, flip)}.",
+            f"mAP, VAC with flip against training on flipped images: {map_change(flipped, flip)}.",
+            f"mAP, VAC with flip and scale against the baseline: {map_change(baseline, both)}.",
         ]
         for name in TRANSFORMS:
             before, after = baseline.inconsistency[name], both.inconsistency[name]
@@ -235,31 +238,4 @@ class VacExperiment(Experiment[VacEvaluation]):
             heat[1] = FLIP(heat[1][:, None])[:, 0]
             rows.append(HeatRow(method.title, [maps.cpu() for maps in heat]))
         headings = ["image", "flipped, flipped back", f"scaled to {SCALE.size[0]} of {SIZE}"]
-        save_heat_rows(path, scenes, labels.tolist(), headings, rows)
-
-
-def mean_average_precision(probability: Tensor, target: Tensor) -> float:
-    """The mean over those labels that some image has."""
-    known = target.any(0)
-    return multilabel_average_precision(probability[:, known], target[:, known], int(known.sum())).item()
-
-
-def compare_map(before: VacEvaluation, after: VacEvaluation) -> str:
-    """The change of mAP with its standard error, by the same resampled images for both, and the verdict."""
-    generator = torch.Generator().manual_seed(0)
-    count = len(before.target)
-    changes = []
-    for _ in range(RESAMPLES):
-        chosen = torch.randint(count, (count,), generator=generator)
-        old, new = (mean_average_precision(x.probability[chosen], x.target[chosen]) for x in (before, after))
-        changes.append(new - old)
-    old, new = (mean_average_precision(x.probability, x.target) for x in (before, after))
-    error = torch.tensor(changes).std().item()
-    return (
-        f"from {100 * old:.1f} % to {100 * new:.1f} % ({100 * (new - old):+.1f} ± {100 * error:.1f} points): "
-        f"{verdict(new - old, error)}"
-    )
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.1f}"
+        save_heat_rows(path, scenes, labels[:, None].tolist(), headings, rows)

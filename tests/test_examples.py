@@ -18,6 +18,7 @@ pytest.importorskip(
     "torchmetrics", reason="the examples need scikit-learn, torchmetrics and more (camkernels[examples])"
 )
 digit_scenes = importlib.import_module("digit_scenes")
+hnc = importlib.import_module("hnc")
 i2c = importlib.import_module("i2c")
 pcl = importlib.import_module("pcl")
 processes = importlib.import_module("processes")
@@ -399,6 +400,193 @@ def test_i2c_on_two_processes(tmp_path):
     assert (output / "scenes.png").stat().st_size > 0
 
 
+HNC_KEYS = ("score", "score_fgsm_2", "score_fgsm_4", "positive_share")
+
+
+def test_hnc_from_end_to_end(tmp_path, capsys):
+    """Two experiments: what each measured goes to a folder of its own."""
+    options = ["--method", "hnc", "--digit-epochs", "1", "--negatives", "2", "--homogeneity", "0.5"]
+    printed = run(capsys, *TINY, *options, "--output", str(tmp_path))
+    names = {
+        "single-label": [f"{x}{ending}" for ending in ("", "_20", "_40") for x in ("baseline", "hnc")],
+        "multi-label": ["baseline", "hnc"],
+    }
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    for folder, expected in names.items():
+        results = json.loads((tmp_path / folder / "results.json").read_text())
+        assert list(results["runs"]) == expected
+        for name, measured in results["runs"].items():
+            assert measured["steps"] == 3
+            assert measured["ms_per_step"] > 0
+            for key in HNC_KEYS:
+                attacked = "fgsm" in key
+                if attacked and "_" in name:
+                    assert measured[key] is None
+                else:
+                    assert 0 <= measured[key] <= 1
+            share = measured["negative_peak"] / measured["positive_peak"]
+            assert measured["peak_share"] == pytest.approx(share, rel=1e-5)
+        for name in expected[1::2]:  # one start, one order of batches: only the loss differs
+            assert results["runs"][name]["final_loss"] > results["runs"][f"baseline{name[3:]}"]["final_loss"]
+        assert results["op"] == "fused_negative_cam_loss"
+        assert results["op_ms"]["reference"] > 0
+        assert results["settings"]["homogeneity"] == 0.5
+        assert any("2 negatives and the weight 0.5" in sentence for sentence in results["findings"])
+        with Image.open(tmp_path / folder / "scenes.png") as picture:
+            assert picture.width <= 1700
+    for words in (
+        "top-1",
+        "mAP",
+        "FGSM, 4/255",
+        "40 % random labels",
+        "peak of negative CAMs",
+        "paper's claims",
+    ):
+        assert words in printed
+
+
+@pytest.fixture
+def untrained():
+    torch.manual_seed(0)
+    return hnc.Network(10).eval()
+
+
+@pytest.mark.parametrize("target", ["one class", "several"])
+def test_fgsm(untrained, target):
+    """Every value moves by the given grey levels, stays within 0 and 255, and the loss rises."""
+    scenes, _ = (digit_scenes.digit_scenes if target == "one class" else digit_scenes.multi_label_scenes)(
+        10, 0, seed=3
+    )
+    pixels = scenes.images.clone()
+    pixels[0, :, :4] = 0
+    pixels[0, :, 4:8] = 255
+    standardise = training.Standardise(pixels, torch.device("cpu"))
+    losses = [hnc.classification_loss(untrained(standardise(pixels)), scenes.labels)]
+    clamped = torch.zeros((), dtype=torch.bool)
+    for level, images in zip(
+        (2, 4), hnc.fgsm(untrained, pixels, scenes.labels, standardise, (2, 4)), strict=True
+    ):
+        assert images.shape == pixels.shape
+        assert images.amin() == 0
+        assert images.amax() == 255
+        moved = (images - pixels).abs()
+        assert moved.amax() == level
+        free = (pixels >= level) & (pixels <= 255 - level)
+        assert (moved[free] == level).double().mean() > 0.99  # but where the gradient is 0
+        clamped = clamped | (moved[~free] < level).any()
+        losses.append(hnc.classification_loss(untrained(standardise(images)), scenes.labels))
+    assert clamped
+    assert losses[0] < losses[1] < losses[2]
+    assert all(parameter.grad is None for parameter in untrained.parameters())
+
+
+def test_fgsm_goes_up_the_gradient(untrained):
+    """One value moved by hand tells which way is up."""
+    scenes, _ = digit_scenes.digit_scenes(2, 0, seed=3)
+    standardise = training.Standardise(scenes.images, torch.device("cpu"))
+    (attacked,) = hnc.fgsm(untrained, scenes.images, scenes.labels, standardise, [1])
+    network = untrained.double()
+    place = (1, 2, 40, 50)
+
+    def loss(change):
+        values = scenes.images.double()
+        values[place] += change
+        standard = (values / 255 - standardise.mean) / standardise.deviation
+        return hnc.classification_loss(network(standard), scenes.labels)
+
+    rise = loss(0.01) - loss(-0.01)
+    assert abs(rise) > 0
+    assert attacked[place] - scenes.images[place] == rise.sign()
+
+
+def test_random_labels():
+    labels = torch.arange(10).repeat(200)
+    given = labels.clone()
+    changed = hnc.randomised(labels, 40, 10, seed=0)
+    assert torch.equal(labels, given)
+    # 800 are drawn anew, a tenth of them the true class: 720, with a deviation of 8.5.
+    wrong = changed != labels
+    assert 680 < wrong.sum() < 760
+    counts = changed[wrong].bincount(minlength=10)
+    assert counts.min() > 40
+    assert counts.max() < 110
+    assert torch.equal(hnc.randomised(labels, 40, 10, seed=0), changed)
+    assert not torch.equal(hnc.randomised(labels, 40, 10, seed=1), changed)
+    assert 330 < (hnc.randomised(labels, 20, 10, seed=0) != labels).sum() < 390
+
+
+def test_hnc_and_its_baseline_learn_the_same_random_labels(scenes):
+    train, _ = scenes
+    experiment = hnc.SingleLabelHnc(train_digit_scenes.parse(["--method", "hnc"]))
+    methods = experiment.methods(train)
+    labels = {name: experiment.stage(method, train).scenes.labels for name, method in methods.items()}
+    assert torch.equal(labels["baseline"], train.labels)
+    assert torch.equal(labels["hnc"], train.labels)
+    for percentage, least in ((20, 3), (40, 8)):
+        noisy = labels[f"baseline_{percentage}"]
+        assert torch.equal(noisy, labels[f"hnc_{percentage}"])
+        assert least <= (noisy != train.labels).sum() <= percentage * 40 / 100
+    assert [method.criterion is None for method in methods.values()] == [True, False] * 3
+    for method in list(methods.values())[1::2]:
+        assert method.criterion.weight == experiment.options.homogeneity
+
+
+@pytest.mark.parametrize("kind", ["mse", "uniform"])
+@pytest.mark.parametrize("several", [False, True])
+def test_the_loss_of_hnc(untrained, kind, several):
+    """Cross-entropy, plus half the loss of the two likeliest classes that are not there, map by map."""
+    images = torch.randn(3, 3, SIZE, SIZE)
+    target = torch.tensor([3, 0, 7])
+    if several:
+        target = torch.nn.functional.one_hot(target, 10)
+        target[0, 5] = 1
+    options = ["--method", "hnc", "--negatives", "2", "--homogeneity", "0.5", "--kind", kind]
+    experiment = (hnc.MultiLabelHnc if several else hnc.SingleLabelHnc)(train_digit_scenes.parse(options))
+    methods = experiment.methods(digit_scenes.Scenes(images, target, tuple("0123456789")))
+    logits = untrained(images)
+    if several:
+        probability = logits.sigmoid()
+        plain = -torch.where(target > 0, probability, 1 - probability).log().mean()
+    else:
+        plain = -logits.softmax(1)[range(3), target].log().mean()
+    torch.testing.assert_close(methods["baseline"].loss(untrained, images, target), plain)
+
+    features, classifier = untrained.activations(images).last, untrained.classifier
+    total = 0
+    for image in range(3):
+        present = target[image].nonzero().flatten().tolist() if several else [target[image].item()]
+        likeliest = [k for k in logits[image].argsort(descending=True).tolist() if k not in present][:2]
+        for k in likeliest:
+            raw = (features[image] * classifier.weight[k][:, None, None]).sum(0) + classifier.bias[k]
+            if kind == "mse":
+                total += raw.square().mean() / (2 * 3)
+            else:
+                total += -(36 * raw.flatten().softmax(0)).log().mean() / 3
+    torch.testing.assert_close(methods["hnc"].loss(untrained, images, target), plain + 0.5 * total)
+
+
+def test_what_hnc_measures(untrained, scenes):
+    """The evaluation of a network against maps made class by class."""
+    _, test = scenes
+    standardise = training.Standardise(test.images, torch.device("cpu"))
+    experiment = hnc.SingleLabelHnc(train_digit_scenes.parse(["--method", "hnc", "--negatives", "9"]))
+    method = experiment.methods(test)["hnc"]
+    evaluation = experiment.evaluate(untrained, method, test, standardise)
+    with torch.no_grad():
+        features, classifier = untrained.activations(standardise(test.images)).last, untrained.classifier
+        maps = torch.einsum("nchw,lc->nlhw", features, classifier.weight) + classifier.bias[:, None, None]
+        logits = untrained(standardise(test.images))
+    torch.testing.assert_close(evaluation.peaks, maps.amax((2, 3)))
+    torch.testing.assert_close(evaluation.logits, logits)
+    others = torch.arange(10) != test.labels[:, None]
+    assert evaluation.positive_share == pytest.approx((maps[others] > 0).double().mean().item(), abs=1e-3)
+    images = hnc.fgsm(untrained, test.images, test.labels, standardise, (2, 4))
+    with torch.no_grad():
+        for level, attacked in zip((2, 4), images, strict=True):
+            torch.testing.assert_close(evaluation.attacked[level], untrained(standardise(attacked)))
+    assert method.criterion.positive_share is None  # that of training is another
+
+
 def test_paired_batches():
     """Class 2 has an odd number of images, class 3 more than the others, class 4 one only."""
     labels = torch.tensor([0] * 8 + [1] * 8 + [2] * 9 + [3] * 12 + [4])[torch.randperm(38)]
@@ -436,9 +624,9 @@ def test_processes_share_batches_evenly_and_keep_pairs(length, size, expected, m
 
 
 def test_each_method_has_a_folder_of_its_own():
-    methods = ("pcl", "vac", "i2c")
+    methods = ("pcl", "vac", "i2c", "hnc")
     folders = [train_digit_scenes.parse(["--method", method]).output.name for method in methods]
-    assert folders == ["demo", "demo-vac", "demo-i2c"]
+    assert folders == ["demo", "demo-vac", "demo-i2c", "demo-hnc"]
 
 
 @pytest.mark.parametrize(("preset", "power"), [("paper", 2), ("official", 1)])
@@ -518,6 +706,10 @@ def test_the_loss_of_vac():
         (["--method", "i2c", "--decay", "1"], "--decay: 1.0 is not between 0 and 1"),
         (["--method", "i2c", "--stochastic", "-1"], "--stochastic: -1.0 is not above 0"),
         (["--method", "i2c", "--train-scenes", "19"], "--train-scenes: 19 is not at least 20"),
+        (["--method", "hnc", "--data", "."], "--data: digits are cut from the scenes"),
+        (["--method", "hnc", "--negatives", "0"], "--negatives: 0 is not at least 1"),
+        (["--method", "hnc", "--homogeneity", "0"], "--homogeneity: 0.0 is not above 0"),
+        (["--method", "hnc", "--kind", "kl"], "--kind: invalid choice: 'kl'"),
         (["--global", "1"], "unrecognized arguments: --global"),
     ],
 )
@@ -650,6 +842,81 @@ def test_sentences_of_i2c_follow_from_the_numbers(change, verdict):
     assert "300 held-out scenes: 0.35, 0.35, 0.35" in told[-3]
     assert told[-2] == "Weights were 0.008 and 0.001, distances plain, as in the released code."
     assert "took 1.10 and 1.20 times as long" in told[-1]
+
+
+def hnc_evaluation(right, negative):
+    """Images of class 0 of three, classified ``right`` or not; a positive peak of 4."""
+    logits = torch.stack([right.float(), torch.full((len(right),), 0.5), torch.zeros(len(right))], 1)
+    peaks = torch.stack([torch.full((len(right),), 4.0), negative + 1, negative - 1], 1)
+    target = torch.zeros(len(right), dtype=torch.int64)
+    return hnc.HncEvaluation(target, logits, peaks, 0.25, {2: logits, 4: logits})
+
+
+def test_summary_of_hnc():
+    right = torch.tensor([True, True, True, False])
+    measured = hnc_evaluation(right, torch.tensor([1.0, 2.0, 3.0, 4.0])).summary()
+    assert measured == {
+        "score": 0.75,
+        "score_fgsm_2": 0.75,
+        "score_fgsm_4": 0.75,
+        "negative_peak": 2.5,
+        "positive_peak": 4.0,
+        "peak_share": 0.625,
+        "positive_share": 0.25,
+    }
+
+
+def test_summary_of_hnc_with_several_classes():
+    """Images have different numbers of classes, and each image counts the same."""
+    logits = torch.tensor([[0.9, 0.8, 0.1], [0.8, 0.7, 0.2], [0.7, 0.1, 0.3], [0.2, 0.3, 0.4]])
+    target = torch.tensor([[1, 0, 0], [0, 1, 1], [1, 0, 0], [0, 1, 0]])
+    peaks = torch.tensor([[6.0, 1, 3], [5, 2, 4], [3, 0, 2], [1, 3, 1]])
+    measured = hnc.HncEvaluation(target, logits, peaks, 0.25, {}).summary()
+    assert measured["negative_peak"] == (2 + 5 + 1 + 1) / 4
+    assert measured["positive_peak"] == (6 + 3 + 3 + 3) / 4
+    assert measured["peak_share"] == pytest.approx(9 / 15)
+    # Label 0 ranks its two images first and third, label 1 its two second and third, label 2 its one third.
+    assert measured["score"] == pytest.approx(((1 + 2 / 3) / 2 + (1 / 2 + 2 / 3) / 2 + 1 / 3) / 3)
+    assert measured["score_fgsm_2"] is None
+
+
+@pytest.mark.parametrize(("change", "verdict"), VERDICTS)
+def test_sentences_of_hnc_follow_from_the_numbers(change, verdict):
+    """Scores rise and peaks fall by as much as ``change`` says, after 40 % random labels the other way round,
+    after 20 % not at all."""
+    number, peaks = torch.arange(100), 2 + around(0)
+    right, other, opposite = (number < 50 + round(100 * x) for x in (0, change, -change))
+    before, after = hnc_evaluation(right, peaks), hnc_evaluation(other, peaks - around(change))
+    evaluations = {
+        "baseline": before,
+        "hnc": after,
+        "baseline_20": before,
+        "hnc_20": before,
+        "baseline_40": before,
+        "hnc_40": hnc_evaluation(opposite, peaks),
+    }
+    experiment = hnc.SingleLabelHnc(train_digit_scenes.parse(["--method", "hnc", "--homogeneity", "0.25"]))
+    step_ms = dict.fromkeys(evaluations, 10.0) | {"hnc": 11.0}
+    told = experiment.sentences(evaluations, step_ms)
+    to = f"{50 + 100 * change:.1f} % ({0 + 100 * change:+.1f} ± "
+    assert told[1].startswith(
+        f"Mean peak of negative CAMs: from 2.00 to {2 - change:.2f} ({0 - change:+.2f} ± "
+    )
+    assert told[1].endswith(f": {verdict}.")
+    assert told[2].startswith("In % of that of positive CAMs, which went from 4.00 to 4.00: from 50.0 to ")
+    assert told[2].endswith(f": {verdict}.")
+    for sentence, start in zip(
+        told[3:6], ("top-1", "top-1 under FGSM of 2/255", "top-1 under FGSM of 4/255"), strict=True
+    ):
+        assert sentence.startswith(f"{start}: from 50.0 % to {to}")
+        assert sentence.endswith(f": {verdict}.")
+    assert told[6].startswith("top-1 after 20 % random labels: from 50.0 % to 50.0 %")
+    assert told[6].endswith("the claim did NOT show here, the change is within two standard errors.")
+    assert told[7].startswith("top-1 after 40 % random labels: ")
+    against = {0.1: VERDICTS[1][1], -0.1: VERDICTS[0][1], 0.0: VERDICTS[2][1]}[change]
+    assert told[7].endswith(f": {against}.")
+    assert "the weight 0.25" in told[-2]
+    assert told[-1].endswith("a step with HNC took 1.10 times as long as one without.")
 
 
 def test_summary_of_vac():
