@@ -798,6 +798,19 @@ def test_only_the_chosen_maps_of_negatives_are_kept_for_backward(backend, device
     assert shapes == [[3], [3, 4], [3, 4, 49]]  # how many, which classes, their maps
 
 
+@pytest.mark.parametrize("backend, device", OTHER_KERNELS)
+def test_no_map_of_negatives_is_kept_where_the_gradient_is_0(backend, device):
+    """That of the bias, for the uniform kind."""
+    case = Case(device=device, channels=5)
+    bias, saved = case.bias().requires_grad_(), []
+    with (
+        camkernels.use_backend(backend),
+        torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x),
+    ):
+        fused_negative_cam_loss(case.features(), case.weight(), case.target(), bias=bias, kind="uniform")
+    assert [0] in [list(x.shape) for x in saved]
+
+
 @pytest.mark.parametrize("backend, device", [("cpu", "cpu"), *([("triton", "cuda")] if GPU else [])])
 @pytest.mark.parametrize("kind", ["mse", "uniform"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
