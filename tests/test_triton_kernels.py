@@ -271,14 +271,14 @@ def test_focus_area_is_one_launch(started, size):
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("given", [True, False], ids=["logits", "no logits"])
 @pytest.mark.parametrize(
-    "shape, maps",
+    "shape, maps, parts",
     [
-        ((2, 12, 7, 7), ["negative_cam_loss_fwd_kernel"]),
-        ((2, 12, 17, 16), ["cam_product_fwd_kernel", "map_losses_kernel"]),
+        ((2, 12, 7, 7), ["negative_cam_loss_fwd_kernel"], []),
+        ((2, 12, 17, 16), ["cam_product_fwd_kernel", "map_losses_kernel"], ["sum_parts_kernel"]),
     ],
     ids=["one block", "several blocks"],
 )
-def test_negative_maps_are_made_once(started, shape, maps, given, bias):
+def test_negative_maps_are_made_once(started, shape, maps, parts, given, bias):
     features, weight, target = inputs(shape)
     leaves = [x.requires_grad_() for x in (features, weight, torch.zeros(5, device=DEVICE))]
     logits = torch.randn((2, 5), device=DEVICE) if given else None
@@ -289,10 +289,10 @@ def test_negative_maps_are_made_once(started, shape, maps, given, bias):
     assert started == [*keys, "choose_negatives_kernel", *maps]
     started.clear()
     loss.backward()
-    # The gradient of the bias is made beside that of the weight; parts are added up.
-    parts = ["sum_parts_kernel"] * (2 if bias else 1)
+    # The gradient of the bias is made beside that of the weight. Parts of a batch are added up where they
+    # take little memory.
     products = ["cam_product_features_bwd_kernel", "negative_cam_weight_bwd_kernel"]
-    assert started == ["owners_kernel", *products, *parts]
+    assert started == ["owners_kernel", *products, *parts * (2 if bias else 1)]
 
 
 def test_only_wanted_gradients_of_negative_maps_are_computed(started):
@@ -401,9 +401,11 @@ def test_kernels_make_the_loss_of_no_class_nan(target, size, uniform):
     assert grad_bias.isfinite().all()
 
 
+@pytest.mark.parametrize("programs", [1, 128], ids=["few programs", "many programs"])
 @pytest.mark.parametrize("num_negatives", [3, 260], ids=["few", "all"])
-def test_rows_of_the_weight_add_up_their_own_images(num_negatives):
+def test_rows_of_the_weight_add_up_their_own_images(num_negatives, programs, monkeypatch):
     """Classes of several owners, more slots of an owner than a product takes; a NaN stays with its class."""
+    monkeypatch.setattr(negative_cam_loss, "PROGRAMS", programs)
     draw = torch.Generator().manual_seed(2)
     features = torch.randn((3, 20, 2, 3), generator=draw)
     weight, bias = torch.randn((261, 20), generator=draw), torch.randn(261, generator=draw)

@@ -37,9 +37,9 @@ from camkernels.triton.front import (
     strides_of,
 )
 
-# Classes of an owner. Of 1000 classes 100 are chosen: 13 of 128, which is near the least that makes a product
-# of 16 rows. Each owner reads the features: with 128 classes 8 times, 0.8 GB at the paper's size.
-OWNED = 128
+# Classes of an owner, at most. Of 1000 classes 100 are chosen: 13 of 128, near the least that makes a
+# product of 16 rows. Each owner reads the features: with 128 classes 8 times, 0.8 GB at the paper's size.
+MOST_OWNED = 128
 # Slots that one product of an owner takes. With all classes chosen there are 128, in four products; each of
 # them moves the owner's sums once, 1 value for 49 multiplications of a map of 7 * 7, so that one kernel does
 # for few classes and for all.
@@ -613,6 +613,28 @@ def negative_cam_loss_fwd(
         )
 
 
+def weight_plan(features: Tensor, classes: int) -> tuple[int, int, int]:
+    """Classes and channels of a program, and parts of the batch, that give programs enough.
+
+    Smaller programs first, though they read the features more often and fill fewer rows of a product: a part
+    of the batch takes memory, of which there may be a twentieth of the features' gradient.
+    """
+    images, channels = features.shape[:2]
+    owned, block_c = power_of_two(classes, 16, MOST_OWNED), 32
+
+    def programs() -> int:
+        return triton.cdiv(classes, owned) * triton.cdiv(channels, block_c)
+
+    if programs() < PROGRAMS:
+        block_c = 16
+    while programs() < PROGRAMS and owned > 16:
+        owned //= 2
+    room = features.numel() * features.element_size() // (20 * 4 * classes * channels)
+    images_each, _ = images_split(images, programs())
+    images_each = max(images_each, triton.cdiv(images, max(room, 1)))
+    return owned, block_c, triton.cdiv(images, images_each)
+
+
 def negative_cam_loss_bwd(
     features: Tensor,  # [N, C, H, W]
     weight: Tensor,  # [L, C]
@@ -631,8 +653,7 @@ def negative_cam_loss_bwd(
 ) -> None:
     images, channels, height, width = features.shape
     classes, slots, pixels = weight.shape[0], chosen.shape[1], height * width
-    align = alignment(pixels)
-    owned = power_of_two(classes, 16, OWNED)
+    owned, block_c, splits = weight_plan(features, classes)
     owners = triton.cdiv(classes, owned)
     with on_device_of(features):
         factor = kept.new_empty(images)
@@ -658,17 +679,15 @@ def negative_cam_loss_bwd(
             )
         if not (need_weight or need_bias):
             return
-        # Half as many channels each where that gives more programs: parts of images take memory.
-        block_c = 32 if owners * triton.cdiv(channels, 32) >= PROGRAMS else 16
-        programs = owners * (triton.cdiv(channels, block_c) if need_weight else 1)
-        images_each, splits = images_split(images, programs)
+        align = alignment(pixels)
+        programs = owners * splits * (triton.cdiv(channels, block_c) if need_weight else 1)
         results = [
             (result, result if splits == 1 else kept.new_empty((splits, *result.shape)))
             for result, needed in ((grad_weight, need_weight), (grad_bias, need_bias))
             if needed
         ]
         parts = iter([part for _, part in results])
-        negative_cam_weight_bwd_kernel[(programs * splits,)](
+        negative_cam_weight_bwd_kernel[(programs,)](
             kept,
             features,
             chosen,
@@ -677,7 +696,7 @@ def negative_cam_loss_bwd(
             next(parts) if need_weight else None,
             next(parts) if need_bias else None,
             images,
-            images_each,
+            triton.cdiv(images, splits),
             slots,
             classes,
             channels,
