@@ -475,12 +475,12 @@ NEGATIVES = [
     ({"level": float("nan")}, ValueError, "level is nan; it must be a number that is finite"),
     ({"level": float("inf")}, ValueError, "level is inf; it must be a number that is finite"),
     ({"level": -float("inf")}, ValueError, "level is -inf; it must be a number that is finite"),
-    ({"temperature": "1"}, TypeError, "temperature is a str; it must be a number above 0"),
-    ({"temperature": True}, TypeError, "temperature is a bool; it must be a number above 0"),
-    ({"temperature": 0}, ValueError, "temperature is 0.0; it must be a number above 0"),
-    ({"temperature": -1}, ValueError, "temperature is -1.0; it must be a number above 0"),
-    ({"temperature": float("nan")}, ValueError, "temperature is nan; it must be a number above 0"),
-    ({"temperature": float("inf")}, ValueError, "temperature is inf; it must be a number above 0"),
+    ({"temperature": "1"}, TypeError, "temperature is a str; it must be a number above 0 and finite"),
+    ({"temperature": True}, TypeError, "temperature is a bool; it must be a number above 0 and finite"),
+    ({"temperature": 0}, ValueError, "temperature is 0.0; it must be a number above 0 and finite"),
+    ({"temperature": -1}, ValueError, "temperature is -1.0; it must be a number above 0 and finite"),
+    ({"temperature": float("nan")}, ValueError, "temperature is nan; it must be a number above 0 and finite"),
+    ({"temperature": float("inf")}, ValueError, "temperature is inf; it must be a number above 0 and finite"),
 ]
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import BACKENDS, DEVICE, GPU, KERNEL_BACKENDS, Case, peak_bytes, run
+from cases import BACKENDS, DEVICE, GPU, KERNEL_BACKENDS, Case, peak_bytes, run, without_cuda
 from torch.library import opcheck
 
 import camkernels
@@ -22,8 +22,8 @@ from camkernels.losses import HomogeneousNegativeCAMLoss
 from camkernels.transforms import Affine, HorizontalFlip, Rotate90, Scale, Translate
 
 # Of fused_negative_cam_loss and focus_area there are no CUDA kernels.
-OTHER_BACKENDS = [pair for pair in BACKENDS if pair[0] != "cuda"]
-OTHER_KERNELS = [pair for pair in KERNEL_BACKENDS if pair[0] != "cuda"]
+OTHER_BACKENDS = without_cuda(BACKENDS)
+OTHER_KERNELS = without_cuda(KERNEL_BACKENDS)
 
 
 def erase_loss(features, weight, target, images, sharpness):

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from cases import BACKENDS, DEVICE, GPU
+from cases import BACKENDS, DEVICE, GPU, without_cuda
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,7 +19,7 @@ from camkernels import fused_negative_cam_loss
 from camkernels.losses import HomogeneousNegativeCAMLoss
 
 IMAGES, CHANNELS, CLASSES, SHAPE = 3, 5, 7, (3, 4)
-HNC_BACKENDS = [(backend, device) for backend, device in BACKENDS if backend != "cuda"]
+HNC_BACKENDS = without_cuda(BACKENDS)
 KINDS = ["mse", "uniform"]
 TARGET = [2, 0, 6]
 # Image 0 has one negative, image 1 none, image 2 four: -1 is a class of which nobody knows.
