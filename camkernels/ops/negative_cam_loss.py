@@ -106,7 +106,9 @@ def loss_and_positive_share(
     num_negatives = _checks.positive_int(function, "num_negatives", num_negatives)
     _checks.choice(function, "kind", kind, KINDS)
     level = _checks.finite(function, "level", level)
-    temperature = _checks.in_open_interval(function, "temperature", temperature, 0, torch.inf, "above 0 and finite")
+    temperature = _checks.in_open_interval(
+        function, "temperature", temperature, 0, torch.inf, "above 0 and finite"
+    )
 
     images, classes = features.shape[0], weight.shape[0]
     accumulate = accumulate_dtype(features.dtype)
