@@ -242,7 +242,8 @@ def negative_cam_loss_fwd_kernel(
     count = tl.cast(pixels, tl.float32)
     if UNIFORM:
         fall = tl.div_rn(maps, tl.zeros_like(maps) + temperature)
-        fall -= tl.max(tl.where(inside, fall, float("-inf")), 1)[:, None]
+        # Of the numbers: whatever is taken from a NaN, it stays one, and makes the sums so.
+        fall -= tl.max(tl.where(inside & (fall == fall), fall, float("-inf")), 1)[:, None]
         share = tl.where(inside, tl.exp(fall), 0.0)
         total = tl.sum(share, 1)
         loss = tl.log(mean_of(total, count)) - mean_of(tl.sum(tl.where(inside, fall, 0.0), 1), count)
@@ -284,7 +285,8 @@ def map_losses_kernel(
             inside = first + lane < pixels
             raw = tl.load(maps_ptr + first + lane, mask=inside, other=0.0)
             scaled = tl.div_rn(raw, tl.zeros_like(raw) + temperature)
-            top = tl.maximum(top, tl.max(tl.where(inside, scaled, float("-inf")), 0))
+            # Of the numbers: whatever is taken from a NaN, it stays one, and makes the sums so.
+            top = tl.maximum(top, tl.max(tl.where(inside & (scaled == scaled), scaled, float("-inf")), 0))
     positive = tl.zeros([BLOCK_P], tl.int32)
     sums = tl.zeros([BLOCK_P], tl.float32)  # of squares or, of the uniform kind, of exponentials
     falls = tl.zeros([BLOCK_P], tl.float32)
