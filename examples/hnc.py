@@ -177,11 +177,11 @@ class HncExperiment(Experiment[HncEvaluation]):
     """What both kinds of scenes share; there is one start for each."""
 
     defaults: ClassVar = {
-        "train_scenes": 1600,
+        "train_scenes": 1400,
         "epochs": 3,
         "learning_rate": 0.05,
         "weight_decay": 5e-4,
-        "repeats": 5,
+        "repeats": 3,
         "output": Path("demo-hnc"),
     }
     no_folder = "digits are cut from the scenes to learn first, and a folder has no boxes; use --method pcl"
@@ -395,7 +395,8 @@ class HncExperiment(Experiment[HncEvaluation]):
         notes = [
             "\n".join(
                 [
-                    "positive CAMs, peak:",
+                    "mean peak of its",
+                    "labels' CAMs:",
                     *(
                         f"{pairs[name][1].title}: {evaluations[name].positive_peaks()[i].item():.1f}"
                         for name in maps

@@ -18,6 +18,7 @@ pytest.importorskip(
     "torchmetrics", reason="the examples need scikit-learn, torchmetrics and more (camkernels[examples])"
 )
 digit_scenes = importlib.import_module("digit_scenes")
+findings = importlib.import_module("findings")
 hnc = importlib.import_module("hnc")
 i2c = importlib.import_module("i2c")
 pcl = importlib.import_module("pcl")
@@ -842,6 +843,14 @@ def test_sentences_of_i2c_follow_from_the_numbers(change, verdict):
     assert "300 held-out scenes: 0.35, 0.35, 0.35" in told[-3]
     assert told[-2] == "Weights were 0.008 and 0.001, distances plain, as in the released code."
     assert "took 1.10 and 1.20 times as long" in told[-1]
+
+
+def test_the_error_of_resampled_images():
+    """Of a mean it is near the standard error in closed form."""
+    values = torch.randn(400, generator=torch.Generator().manual_seed(0))
+    error = findings.resampled_error(lambda images: values[images].mean().item(), 400)
+    assert error == pytest.approx(values.std().item() / 20, rel=0.2)
+    assert findings.resampled_error(lambda images: 3.0, 400) == 0
 
 
 def hnc_evaluation(right, negative):
