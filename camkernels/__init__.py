@@ -2,11 +2,11 @@
 
 One call per loss, exact values and gradients, no host synchronisation:
 
-    from camkernels import fused_cam_erase, fused_cam_seeds, fused_cam_transform_mse
+    from camkernels import fused_cam_erase, fused_cam_seeds, fused_cam_transform_mse, fused_negative_cam_loss
     erased, cam = fused_cam_erase(features, classifier.weight, target, images)
     vectors, indices, count, cam = fused_cam_seeds(features, classifier.weight, target, num_seeds=3)
     loss = fused_cam_transform_mse(features, features_t, classifier.weight, transform)
-    loss = fused_negative_cam_loss(features, classifier.weight, target)
+    loss = fused_negative_cam_loss(features, classifier.weight, target, bias=classifier.bias, logits=logits)
 """
 
 from camkernels import losses, metrics, transforms

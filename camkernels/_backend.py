@@ -123,9 +123,10 @@ def resolve(
             if backend in backends and why_not(backend, device_type, dtype) is None:
                 return backend
         return "reference"
-    reason = why_not(check(requested), device_type, dtype)
-    if requested not in backends:
-        reason = f"it has no kernels for this function; {' and '.join(backends[1:])} have"
+    if check(requested) not in backends:
+        others = ", ".join(("auto", *backends))
+        raise RuntimeError(f"{function}: backend {requested!r} has no kernels for it; use one of {others}")
+    reason = why_not(requested, device_type, dtype)
     if reason is not None:
         raise RuntimeError(
             f"{function}: backend {requested!r} cannot serve {device_type} tensors of {dtype}: {reason}"

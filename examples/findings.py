@@ -54,7 +54,7 @@ def compare_map(before: Tensor, after: Tensor, target: Tensor) -> str:
     old, new = (mean_average_precision(x, target) for x in (before, after))
     error = resampled_error(change, len(target))
     return (
-        f"from {100 * old:.1f} % to {100 * new:.1f} % ({100 * (new - old):+.1f} ± {100 * error:.1f} points): "
+        f"from {100 * old:.1f} % to {100 * new:.1f} % ({100 * (new - old):+.1f} ± {100 * error:.2g} points): "
         f"{verdict(new - old, error)}"
     )
 

@@ -40,7 +40,7 @@ class Classification(Method):
         self, title: str, criterion: HomogeneousNegativeCAMLoss | None = None, random_labels: int = 0
     ) -> None:
         super().__init__()
-        self.title = f"{title}, {random_labels} % random" if random_labels else title
+        self.title = f"{title}, {random_labels} % random labels" if random_labels else title
         self.criterion = criterion
         self.random_labels = random_labels
 
@@ -141,6 +141,13 @@ def score(logits: Tensor, target: Tensor) -> float:
     return (logits.argmax(1) == target).double().mean().item()
 
 
+def chance(target: Tensor, num_classes: int) -> float:
+    """The score to expect of guesses."""
+    if target.dim() == 2:
+        return target[:, target.any(0)].double().mean().item()
+    return 1 / num_classes
+
+
 def score_change(before: Tensor, after: Tensor, target: Tensor) -> str:
     """From logits to logits [N, L] of the same images: the change in words, and whether it is the claimed
     rise."""
@@ -150,7 +157,7 @@ def score_change(before: Tensor, after: Tensor, target: Tensor) -> str:
     change, error = paired(old, new)
     return (
         f"from {percent(old.double().mean().item())} % to {percent(new.double().mean().item())} % "
-        f"({100 * change:+.1f} ± {100 * error:.1f} points): {verdict(change, error)}"
+        f"({100 * change:+.1f} ± {100 * error:.2g} points): {verdict(change, error)}"
     )
 
 
@@ -163,13 +170,14 @@ def peak_changes(before: HncEvaluation, after: HncEvaluation) -> list[str]:
         return after.peak_share(images) - before.peak_share(images)
 
     of_share, share_error = change_of_share(), resampled_error(change_of_share, len(old))
+    distance = "beyond" if abs(of_share) > 2 * share_error else "within"
     positive_before, positive_after = (x.positive_peaks().mean().item() for x in (before, after))
     return [
         f"Mean peak of negative CAMs: from {old.mean().item():.2f} to {new.mean().item():.2f} "
         f"({change:+.2f} ± {error:.2f}): {verdict(-change, error)}.",
-        f"In % of that of positive CAMs, which went from {positive_before:.2f} to {positive_after:.2f}: from "
-        f"{percent(before.peak_share())} to {percent(after.peak_share())} ({100 * of_share:+.1f} ± "
-        f"{100 * share_error:.1f} points): {verdict(-of_share, share_error)}.",
+        f"Mean peak of positive CAMs: from {positive_before:.2f} to {positive_after:.2f}. The negative ones "
+        f"in % of it: from {percent(before.peak_share())} to {percent(after.peak_share())} "
+        f"({100 * of_share:+.1f} ± {100 * share_error:.2g} points, {distance} two standard errors).",
     ]
 
 
@@ -306,7 +314,11 @@ class HncExperiment(Experiment[HncEvaluation]):
         table.add_section()
         row("peak of negative CAMs", "negative_peak", "{:.2f}".format)
         row("  in % of that of positive CAMs", "peak_share", percent)
-        row(f"pixels above 0 in the {self.options.negatives} likeliest, %", "positive_share", percent)
+        row(
+            f"pixels above 0 in the {self.options.negatives} likeliest negatives, %",
+            "positive_share",
+            percent,
+        )
         table.add_section()
         for level in ATTACKS:
             row(f"{self.measure} under FGSM, {level}/255, %", f"score_fgsm_{level}", percent)
@@ -335,6 +347,10 @@ class HncExperiment(Experiment[HncEvaluation]):
             before, after = (evaluations[f"{name}_{percentage}"].logits for name in ("baseline", "hnc"))
             change = score_change(before, after, target)
             told.append(f"{self.measure} after {percentage} % random labels: {change}.")
+        told.append(
+            f"Guessing would come to {percent(chance(target, baseline.logits.shape[1]))} %: what lies below "
+            "says little."
+        )
         if self.random_labels:
             told.append(
                 "Random labels are drawn from all classes, the true one included, and are the same for both; "
@@ -405,7 +421,7 @@ class HncExperiment(Experiment[HncEvaluation]):
             )
             for i in range(len(images))
         ]
-        headings = ["strongest negative", "second", "third"]
+        headings = ["strongest negative: its peak", "second", "third"]
         save_heat_rows(path, scenes, labels, headings, rows, notes)
 
 

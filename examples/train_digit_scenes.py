@@ -76,7 +76,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=os.environ.get("CAMKERNELS_BACKEND", "auto"),
         help="of camkernels; CAMKERNELS_BACKEND where it is set",
     )
-    add("--repeats", type=positive, default=20, help="timed calls of each thing that is timed")
+    add(
+        "--repeats",
+        type=positive,
+        default=20,
+        help="timed steps of each method, and calls of the op (at least 20)",
+    )
     add("--output", type=Path, default=Path("demo"), metavar="DIR", help="for scenes.png and results.json")
     # The method decides about its own options, about defaults and about what --help says of both.
     method = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

@@ -19,6 +19,7 @@ import camkernels
 
 FUSED_BACKENDS = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}
 WARM_UP = 3
+FEWEST_CALLS = 20  # of an op that is timed
 
 
 class Method(nn.Module, ABC):
@@ -163,7 +164,7 @@ def time_steps(
 
     # On copies, for batch statistics move.
     calls = {name: step(*copy.deepcopy(pair)) for name, pair in pairs.items()}
-    return time_in_turns(calls, options)
+    return time_in_turns(calls, options.repeats, options.device)
 
 
 def time_backends(call: Callable[[], None], options: argparse.Namespace) -> dict[str, float]:
@@ -184,18 +185,21 @@ def time_backends(call: Callable[[], None], options: argparse.Namespace) -> dict
         except RuntimeError:  # not built or not for this device: `python -m camkernels doctor` says why
             continue
         calls.setdefault(backend, within(backend))
-    return time_in_turns(calls, options)
+    # A call takes milliseconds, where a step takes a second: a few of them would tell little.
+    return time_in_turns(calls, max(options.repeats, FEWEST_CALLS), options.device)
 
 
-def time_in_turns(calls: Mapping[str, Callable[[], None]], options: argparse.Namespace) -> dict[str, float]:
+def time_in_turns(
+    calls: Mapping[str, Callable[[], None]], repeats: int, device: torch.device
+) -> dict[str, float]:
     """Median milliseconds of each call."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(WARM_UP + options.repeats):
+    for _ in range(WARM_UP + repeats):
         for name, call in calls.items():
-            synchronize(options.device)
+            synchronize(device)
             start = time.perf_counter()
             call()
-            synchronize(options.device)
+            synchronize(device)
             times[name].append(1e3 * (time.perf_counter() - start))
     return {name: median(values[WARM_UP:]) for name, values in times.items()}
 

@@ -413,17 +413,19 @@ CONSISTENCY = [
 
 
 PER_CLASS = "with features [2, 3, 4, 4] and weight [5, 3] it must be [2, 5]"
+PER_IMAGE_OR_CLASS = PER_CLASS.replace("be [2", "be [2] or [2")
+EITHER = "[N], int64 or int32, or [N, L] of any dtype"
 
 NEGATIVES = [
-    ({"target": None}, TypeError, "target is a NoneType; it must be a tensor [N] or [N, L]"),
-    ({"target": [0, 4]}, TypeError, "target is a list; it must be a tensor [N] or [N, L]"),
+    ({"target": None}, TypeError, f"target is a NoneType; it must be a tensor {EITHER}"),
+    ({"target": [0, 4]}, TypeError, f"target is a list; it must be a tensor {EITHER}"),
     ({"target": TARGET.bool()}, TypeError, "target has dtype bool; allowed are int64, int32"),
-    ({"target": TARGET[0]}, ValueError, "target has shape []; it must be [N] or [N, L]"),
-    ({"target": HOT.long()[None]}, ValueError, "target has shape [1, 2, 5]; it must be [N] or [N, L]"),
-    ({"target": TARGET[:, None]}, ValueError, f"target has shape [2, 1]; {PER_CLASS}"),
-    ({"target": torch.zeros(2, 6)}, ValueError, f"target has shape [2, 6]; {PER_CLASS}"),
-    ({"target": HOT[:1]}, ValueError, f"target has shape [1, 5]; {PER_CLASS}"),
-    ({"target": HOT.T}, ValueError, f"target has shape [5, 2]; {PER_CLASS}"),
+    ({"target": TARGET[0]}, ValueError, f"target has shape []; it must be {EITHER}"),
+    ({"target": HOT.long()[None]}, ValueError, f"target has shape [1, 2, 5]; it must be {EITHER}"),
+    ({"target": TARGET[:, None]}, ValueError, f"target has shape [2, 1]; {PER_IMAGE_OR_CLASS}"),
+    ({"target": torch.zeros(2, 6)}, ValueError, f"target has shape [2, 6]; {PER_IMAGE_OR_CLASS}"),
+    ({"target": HOT[:1]}, ValueError, f"target has shape [1, 5]; {PER_IMAGE_OR_CLASS}"),
+    ({"target": HOT.T}, ValueError, f"target has shape [5, 2]; {PER_IMAGE_OR_CLASS}"),
     (
         {"target": HOT.to(torch.complex64)},
         TypeError,

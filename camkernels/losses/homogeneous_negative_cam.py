@@ -9,7 +9,7 @@ from camkernels.ops.negative_cam_loss import KINDS, loss_and_positive_share
 
 
 class HomogeneousNegativeCAMLoss(nn.Module):
-    """Homogeneous negative CAM: the heatmaps of an image's most likely wrong classes must be even.
+    """Homogeneous negative CAM: the heatmaps of an image's most likely wrong classes must have no peaks.
 
         mse:     mean over images of the mean over negatives and pixels of (M - level)**2
         uniform: mean over images of the sum over negatives of KL(uniform || softmax(M / temperature)),
@@ -24,21 +24,24 @@ class HomogeneousNegativeCAMLoss(nn.Module):
         loss = F.cross_entropy(logits, target) + negative
 
     Args:
-        weight: of the term. The released scripts for ImageNet have 0.07 for the mse kind; for the uniform
-            kind, which adds up all negatives, 0.0065 (ResNet-101) and 0.0048 (ResNet-152).
+        weight: factor of the loss, not the classifier's weight; neither preset sets it. The released scripts
+            for ImageNet have 0.07 for the mse kind; for the uniform kind, which adds up all negatives, 0.0065
+            (ResNet-101) and 0.0048 (ResNet-152).
         num_negatives: at most so many per image; fewer where fewer are left, and an image with none adds 0.
             The released code has 100, of 1000 classes.
         kind: ``"mse"`` or ``"uniform"``. By default as ``preset`` says.
-        level: what a map of the mse kind should be everywhere.
-        temperature: of the softmax of the uniform kind, above 0.
+        level: what a map should be everywhere, for the mse kind only. The mean of a map is its logit on
+            average-pooled features, so this is where the logits of negatives are drawn, too.
+        temperature: of the softmax, for the uniform kind only; above 0.
         preset: ``"paper"`` or ``"official"``, the released code; see below.
 
     Call with:
         features: last feature maps, ``[N, C, H, W]``.
         weight: classifier weights, ``[L, C]`` or ``[L, C, 1, 1]``.
         target: class of each image, ``[N]``, int64 or int32; or ``[N, L]``, bool, integer or float, where a
-            class whose entry is not 0 is no negative: 1 present, and -1 unknown.
-        bias: classifier bias, ``[L]``.
+            class whose entry is not 0 is no negative: 1 present, and -1 unknown. Soft labels, as of mixup or
+            label smoothing, leave none: pass ``soft > 0.5``.
+        bias: classifier bias, ``[L]``; give it where the classifier has one.
         logits: ``[N, L]``, whatever ranks the classes; None takes the mean of each map, which is the logit of
             a classifier on average-pooled features.
 

@@ -97,14 +97,14 @@ def target(
 
 def classes_or_multi_hot(function: str, value: object, features: Tensor, weight: Tensor) -> Tensor:
     """The class of each image, or for each class whether an image shows it."""
-    shape = "[N] or [N, L]"
+    shape = "[N], int64 or int32, or [N, L] of any dtype"
     if not isinstance(value, Tensor) or value.dim() != 2:
         return target(function, value, features, shape, (1,))
     if value.dtype.is_complex:
         raise TypeError(
             f"{function}: target has dtype {dtype_name(value.dtype)}; [N, L] may be bool, integer or float"
         )
-    return per_class(function, "target", value, features, weight)
+    return per_class(function, "target", value, features, weight, f"[{features.shape[0]}] or ")
 
 
 def class_scores(
@@ -121,12 +121,14 @@ def class_scores(
     )
 
 
-def per_class(function: str, argument: str, value: Tensor, features: Tensor, weight: Tensor) -> Tensor:
+def per_class(
+    function: str, argument: str, value: Tensor, features: Tensor, weight: Tensor, otherwise: str = ""
+) -> Tensor:
     images, classes = features.shape[0], weight.shape[0]
     if value.shape != (images, classes):
         raise ValueError(
             f"{function}: {argument} has shape {list(value.shape)}; with features {list(features.shape)} and "
-            f"weight {list(weight.shape)} it must be [{images}, {classes}]"
+            f"weight {list(weight.shape)} it must be {otherwise}[{images}, {classes}]"
         )
     return same_device(function, argument, value, features)
 

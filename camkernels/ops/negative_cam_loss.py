@@ -1,4 +1,4 @@
-"""``fused_negative_cam_loss``: heatmaps of classes that an image does not show should be even."""
+"""``fused_negative_cam_loss``: heatmaps of classes that an image does not show should be flat."""
 
 from typing import Any
 
@@ -28,14 +28,16 @@ def fused_negative_cam_loss(
     level: float = 0.0,
     temperature: float = 1.0,
 ) -> Tensor:
-    """How uneven the heatmaps of an image's most likely wrong classes are.
+    """How far the heatmaps of an image's most likely wrong classes are from flat.
 
         M[n, l] = sum_c weight[l, c] * features[n, c] + bias[l], for the negatives l of image n only
         mse:     mean over images of the mean over negatives and pixels of (M - level)**2
         uniform: mean over images of the sum over negatives of KL(uniform || softmax(M / temperature)),
                  the softmax over pixels
 
-        loss = fused_negative_cam_loss(features, classifier.weight, target, logits=logits.detach())
+        loss = fused_negative_cam_loss(
+            features, classifier.weight, target, bias=classifier.bias, logits=logits
+        )
 
     The negatives of an image are the ``num_negatives`` classes of largest logit among those that it does not
     show; equal logits in the order of classes. The choice itself has no gradient.
@@ -44,21 +46,24 @@ def fused_negative_cam_loss(
         features: last feature maps, ``[N, C, H, W]``; NCHW or channels_last, read in place.
         weight: classifier weights, ``[L, C]`` or ``[L, C, 1, 1]``; may have another float dtype.
         target: class of each image, ``[N]``, int64 or int32; or ``[N, L]``, bool, integer or float, where a
-            class whose entry is not 0 is no negative: 1 present, and -1 unknown.
-        bias: classifier bias, ``[L]``. The uniform kind does not depend on it, but for the choice.
+            class whose entry is not 0 is no negative: 1 present, and -1 unknown. Soft labels, as of mixup or
+            label smoothing, leave none: pass ``soft > 0.5``.
+        bias: classifier bias, ``[L]``; give it where the classifier has one. The uniform kind depends on it
+            in the choice only.
         logits: ``[N, L]``, whatever ranks the classes; None takes the mean of each map, which is the logit of
             a classifier on average-pooled features.
         num_negatives: at most so many per image; fewer where fewer are left, and an image with none adds 0.
         kind: ``"mse"`` or ``"uniform"``.
-        level: what a map of the mse kind should be everywhere.
-        temperature: of the softmax of the uniform kind, above 0.
+        level: what a map should be everywhere, for the mse kind only. The mean of a map is its logit on
+            average-pooled features, so this is where the logits of negatives are drawn, too.
+        temperature: of the softmax, for the uniform kind only; above 0.
 
     Returns:
         A scalar in the dtype of ``features``; in float16 what exceeds 65504 is infinite, where
         ``losses.HomogeneousNegativeCAMLoss`` returns float32. 0 for an empty batch.
 
     Gradients: ``features``, ``weight`` and ``bias`` (0 for the uniform kind). The chosen maps are kept once
-        for backward; none is made for other classes. No double backward.
+        for backward; none is made for other classes. No double backward but with backend ``"reference"``.
     Numerics: float32 inside (float64 for float64); deterministic.
 
     Raises:

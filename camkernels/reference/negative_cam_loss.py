@@ -1,4 +1,4 @@
-"""Negative CAMs made even: the homogeneous negative CAM (HNC) loss."""
+"""Negative CAMs made flat: the homogeneous negative CAM (HNC) loss."""
 
 import torch
 from torch import Tensor
