@@ -913,8 +913,10 @@ def test_sentences_of_hnc_follow_from_the_numbers(change, verdict):
         f"Mean peak of negative CAMs: from 2.00 to {2 - change:.2f} ({0 - change:+.2f} ± "
     )
     assert told[1].endswith(f": {verdict}.")
-    assert told[2].startswith("In % of that of positive CAMs, which went from 4.00 to 4.00: from 50.0 to ")
-    assert told[2].endswith(f": {verdict}.")
+    assert told[2].startswith(
+        "Mean peak of positive CAMs: from 4.00 to 4.00. The negative ones in % of it: from 50.0 to "
+    )
+    assert told[2].endswith(f", {'beyond' if change else 'within'} two standard errors).")
     for sentence, start in zip(told[3:5], ("top-1", "top-1 under FGSM of 2/255"), strict=True):
         assert sentence.startswith(f"{start}: from 50.0 % to {to}")
         assert sentence.endswith(f": {verdict}.")
@@ -924,8 +926,16 @@ def test_sentences_of_hnc_follow_from_the_numbers(change, verdict):
     assert told[7].startswith("top-1 after 40 % random labels: ")
     against = {0.1: VERDICTS[1][1], -0.1: VERDICTS[0][1], 0.0: VERDICTS[2][1]}[change]
     assert told[7].endswith(f": {against}.")
+    assert told[8].startswith("Guessing would come to 33.3 %")
     assert "the weight 0.25" in told[-2]
     assert told[-1].endswith("a step with HNC took 1.10 times as long as one without.")
+
+
+def test_chance_of_several_labels_is_how_common_they_are():
+    """Of the labels that some image has."""
+    target = torch.tensor([[1, 0, 1], [1, 0, 0], [0, 0, 0], [0, 0, 0]])
+    assert hnc.chance(target, 3) == (2 / 4 + 1 / 4) / 2
+    assert hnc.chance(torch.tensor([0, 2]), 4) == 0.25
 
 
 def test_summary_of_vac():
