@@ -435,6 +435,28 @@ def test_rows_of_the_weight_add_up_their_own_images(num_negatives, programs, mon
         assert_as_close_as(a, b, c, what=name)
 
 
+@pytest.mark.parametrize("size", [5, 17], ids=["one block", "several blocks"])
+def test_means_are_over_the_negatives_of_each_image(size):
+    """Counts differ from image to image; one part of the batch is shorter than the other."""
+    features = torch.randn((5, 16, size, size), generator=torch.Generator().manual_seed(3))
+    weight, bias = torch.linspace(-1, 1, 48).view(3, 16), torch.tensor([0.5, -1.0, 0.1])
+    several = torch.tensor([[1, 0, 0], [1, 1, 1], [0, 0, 0], [0, 1, 1], [0, 0, 1]])
+    # Parts of 3 and 2 images, or of one each.
+    assert negative_cam_loss.weight_plan(features, 3)[2] == (2 if size == 5 else 5)
+
+    def run(function, dtype):
+        leaves = [x.to(DEVICE, dtype).requires_grad_() for x in (features, weight, bias)]
+        loss = function(*leaves[:2], several.to(DEVICE), bias=leaves[2], num_negatives=3, level=0.5)
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    with camkernels.use_backend("triton"):
+        ours = run(camkernels.fused_negative_cam_loss, torch.float32)
+    theirs = run(reference.negative_cam_loss, torch.float32)
+    truth = run(reference.negative_cam_loss, torch.float64)
+    for name, a, b, c in zip(("loss", "features", "weight", "bias"), ours, theirs, truth, strict=True):
+        assert_as_close_as(a, b, c, what=name)
+
+
 def test_slots_without_a_class_add_nothing():
     """Whatever the features and the weight hold there, and whatever the gradient."""
     features = torch.full((2, 3, 2, 2), torch.nan, device=DEVICE)

@@ -483,7 +483,7 @@ def map_sums(features: Tensor, weight: Tensor) -> Tensor:
         NORMALIZE=False,
         HALF=False,
         BLOCK_K=32,
-        BLOCK_C=32,
+        BLOCK_C=16,  # of 32 the operands of a thread take all registers, and may spill
         BLOCK_P=32,
         num_warps=4,
         **registers(255),
