@@ -414,7 +414,7 @@ CONSISTENCY = [
 
 PER_CLASS = "with features [2, 3, 4, 4] and weight [5, 3] it must be [2, 5]"
 PER_IMAGE_OR_CLASS = PER_CLASS.replace("be [2", "be [2] or [2")
-EITHER = "[N], int64 or int32, or [N, L] of any dtype"
+EITHER = "[N], int64 or int32, or [N, L], bool, integer or float"
 
 NEGATIVES = [
     ({"target": None}, TypeError, f"target is a NoneType; it must be a tensor {EITHER}"),

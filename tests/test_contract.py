@@ -839,7 +839,7 @@ def test_peak_memory_of_negatives(backend, device, kind, dtype):
             least, _ = peak_bytes(loss, device)
     needed = sum(x.numel() * x.element_size() for x in grads) + maps
     assert maps < most <= 1.05 * needed
-    assert least <= 1.05 * maps
+    assert least <= 0.05 * maps  # nothing is kept where no gradient will be asked for
 
 
 @pytest.mark.parametrize("backend, device", KERNEL_BACKENDS)

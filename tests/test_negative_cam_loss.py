@@ -365,6 +365,32 @@ def test_an_image_that_shows_every_class_adds_nothing(backend, device, kind):
 
 
 @on_kernels
+@each_kind
+@pytest.mark.parametrize("num_negatives", [1, 19, 38, 39])
+def test_a_nan_reaches_chosen_classes_only(backend, device, kind, num_negatives):
+    """Also where nearly all are chosen: the true class's row has no gradient from its image."""
+    case = Case(device=device, maps="nan", classes=40, channels=5, images=2)
+    assert_right(backend, case, kind, num_negatives=num_negatives)
+
+
+@on_kernels
+@pytest.mark.parametrize("num_negatives", [19, 39])
+def test_the_row_of_a_class_that_is_not_chosen_may_hold_anything(backend, device, num_negatives):
+    case = Case(device=device, classes=40, channels=5, images=1)
+    weight, target = case.weight(), torch.tensor([17], device=device)
+    weight[17] = torch.nan
+    found = run(
+        backend,
+        lambda *x: fused_negative_cam_loss(
+            x[0], x[1], target, logits=logits_of(case), num_negatives=num_negatives
+        ),
+        [case.features(), weight],
+    )
+    assert found.values[0].isfinite()
+    assert all(grad.isfinite().all() for grad in found.grads)
+
+
+@on_kernels
 def test_an_image_without_negatives_may_hold_anything(backend, device):
     case = Case(device=device, channels=5)
     features, target = case.features(), target_of(case, hot=True)
@@ -377,6 +403,17 @@ def test_an_image_without_negatives_may_hold_anything(backend, device):
     assert found.values[0].isfinite()
     assert all(grad.isfinite().all() for grad in found.grads)
     assert not found.grads[0][1].any()
+
+
+@everywhere
+def test_any_number_of_negatives(backend, device):
+    case = Case(device=device, channels=5)
+    with camkernels.use_backend(backend):
+        all_, more = (
+            fused_negative_cam_loss(case.features(), case.weight(), case.target(), num_negatives=number)
+            for number in (case.classes - 1, 2**70)
+        )
+    assert torch.equal(all_, more)
 
 
 @everywhere
@@ -476,8 +513,12 @@ def test_backward_twice_gives_the_same_bits(backend, device, kind):
         assert torch.equal(one, three)
 
 
-def test_one_thread_and_several_give_the_same_bits():
-    case = Case(channels=150, classes=150, images=3)
+@pytest.mark.parametrize(
+    ("images", "num_negatives"), [(3, 100), (1, 100), (1, 40), (1, 24), (1, 16), (1, 12)]
+)
+def test_one_thread_and_several_give_the_same_bits(images, num_negatives):
+    """The slots of a lone image are shared out."""
+    case = Case(channels=150, classes=150, images=images)
     target = case.target()
     inputs = [case.features(), case.weight(), case.bias()]
     threads = torch.get_num_threads()
@@ -486,7 +527,13 @@ def test_one_thread_and_several_give_the_same_bits():
         for count in (1, 4):
             torch.set_num_threads(count)
             found.append(
-                run("cpu", lambda *x: fused_negative_cam_loss(x[0], x[1], target, bias=x[2]), inputs)
+                run(
+                    "cpu",
+                    lambda *x: fused_negative_cam_loss(
+                        x[0], x[1], target, bias=x[2], num_negatives=num_negatives
+                    ),
+                    inputs,
+                )
             )
     finally:
         torch.set_num_threads(threads)

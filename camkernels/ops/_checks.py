@@ -97,7 +97,7 @@ def target(
 
 def classes_or_multi_hot(function: str, value: object, features: Tensor, weight: Tensor) -> Tensor:
     """The class of each image, or for each class whether an image shows it."""
-    shape = "[N], int64 or int32, or [N, L] of any dtype"
+    shape = "[N], int64 or int32, or [N, L], bool, integer or float"
     if not isinstance(value, Tensor) or value.dim() != 2:
         return target(function, value, features, shape, (1,))
     if value.dtype.is_complex:

@@ -116,6 +116,7 @@ def loss_and_positive_share(
     )
 
     images, classes = features.shape[0], weight.shape[0]
+    num_negatives = min(num_negatives, classes)
     accumulate = accumulate_dtype(features.dtype)
     if logits is not None:
         logits = logits.detach()
@@ -133,7 +134,17 @@ def loss_and_positive_share(
         target = target != 0
     uniform = kind == "uniform"
     loss, positive, counts = _NegativeCamLoss.apply(
-        features, weight, target, bias, logits, num_negatives, uniform, level, temperature, requested
+        features,
+        weight,
+        target,
+        bias,
+        logits,
+        num_negatives,
+        uniform,
+        level,
+        temperature,
+        torch.is_grad_enabled(),
+        requested,
     )
     pixels = features.shape[2] * features.shape[3]
     return loss, positive.sum() / (pixels * counts.sum()).clamp_min(1).to(accumulate)
@@ -152,6 +163,7 @@ class _NegativeCamLoss(torch.autograd.Function):
         uniform: bool,
         level: float,
         temperature: float,
+        grad_enabled: bool,
         requested: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         need_features, need_weight, _, need_bias, *_ = ctx.needs_input_grad
@@ -165,7 +177,7 @@ class _NegativeCamLoss(torch.autograd.Function):
             uniform,
             level,
             temperature,
-            need_features or need_weight or (need_bias and not uniform),
+            grad_enabled and (need_features or need_weight or (need_bias and not uniform)),
             requested,
         )
         ctx.set_materialize_grads(False)
@@ -182,7 +194,7 @@ class _NegativeCamLoss(torch.autograd.Function):
         uniform, temperature, requested = ctx.options
         need_features, need_weight, _, need_bias, *_ = ctx.needs_input_grad
         if grad is None or not (need_features or need_weight or need_bias):
-            return (None,) * 10
+            return (None,) * 11
         grad_features = grad_weight = grad_bias = None
         summed = need_bias and not uniform
         if need_features or need_weight or summed:
@@ -207,7 +219,7 @@ class _NegativeCamLoss(torch.autograd.Function):
             grad_weight.view(weight.shape) if grad_weight is not None and need_weight else None,
             None,
             grad_bias.to(ctx.bias_dtype) if grad_bias is not None and need_bias else None,
-            *(None,) * 6,
+            *(None,) * 7,
         )
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from camkernels.reference.cam import accumulate_dtype, raw_maps
+from camkernels.reference.cam import raw_maps
 
 
 def candidates(target: Tensor, classes: int) -> Tensor:
@@ -51,7 +51,7 @@ def image_losses(
     # A map that does not count is left out before it is squared: it may hold inf or NaN.
     maps = torch.where(counted[..., None, None], maps, 0)
     pixels = maps.shape[-2] * maps.shape[-1]
-    share = (maps > 0).sum() / (pixels * counted.sum()).clamp_min(1)
+    share = (maps > 0).sum() / (pixels * counted.sum()).clamp_min(1).to(maps.dtype)
     if kind == "mse":
         loss = (maps - level).square().mean((-2, -1))  # [N, K]
         divisor = counted.sum(1).clamp_min(1)  # [N]
@@ -65,7 +65,7 @@ def image_losses(
     if target.dim() == 1:  # NaN shows where a class does not exist, on a device that cannot raise
         exists = (target >= 0) & (target < weight.shape[0])
         losses = torch.where(exists, losses, torch.nan)
-    return losses, share.to(accumulate_dtype(features.dtype))
+    return losses, share
 
 
 def negative_cam_loss(

@@ -100,19 +100,31 @@ struct ClassList {
   int64_t count;
 
   int64_t operator[](int64_t i) const { return labels == nullptr ? first + i : labels[i]; }
-  ClassList part(int64_t begin, int64_t most) const {
-    const int64_t left = std::min(most, count - begin);
-    return labels == nullptr ? ClassList{nullptr, first + begin, left} : ClassList{labels + begin, 0, left};
-  }
-  // All classes from the first listed to the last.
-  ClassList span() const {
-    return labels == nullptr || count == 0 ? *this
-                                           : ClassList{nullptr, labels[0], labels[count - 1] + 1 - labels[0]};
-  }
-  // Whether maps of all of the span cost less than gathering and scattering the rows of those listed.
-  bool dense() const { return labels == nullptr || kSpanPerClass * count >= span().count; }
 
-  static constexpr double kSpanPerClass = 1.1;  // measured: gathering costs a tenth of the products at most
+  // At most `most` of them from the one at `begin` on: classes that follow one another as a range, whose rows
+  // of the weight need not be gathered; or those before the next such run.
+  ClassList part(int64_t begin, int64_t most) const {
+    const int64_t end = std::min(count, begin + most);
+    if (labels == nullptr) return {nullptr, first + begin, end - begin};
+    const int64_t run = run_end(begin, end);
+    if (run == end || run - begin >= kLeastRun) return {nullptr, labels[begin], run - begin};
+    int64_t next = run;
+    while (next < end) {
+      const int64_t next_end = run_end(next, end);
+      if (next_end - next >= kLeastRun) break;
+      next = next_end;
+    }
+    return {labels + begin, 0, next - begin};
+  }
+
+ private:
+  static constexpr int64_t kLeastRun = 16;
+
+  int64_t run_end(int64_t begin, int64_t end) const {
+    int64_t i = begin + 1;
+    while (i < end && labels[i] == labels[i - 1] + 1) ++i;
+    return i;
+  }
 };
 
 // Rows of the weight, channels [channel, channel + width), in place or in `staging`, [count][width].
@@ -149,8 +161,9 @@ void class_maps(const Classifier& classifier, const ClassList& classes, int64_t 
     const int64_t next = channel + width;
     if (next < channels) want(next, std::min(most, channels - next), ahead);
     ahead.spread_over(dots_steps(classes.count, cells));
-    for (int64_t l = 0; l < classes.count; l += kWeightRows) {
-      const ClassList part = classes.part(l, kWeightRows);
+    ClassList part{};
+    for (int64_t l = 0; l < classes.count; l += part.count) {
+      part = classes.part(l, kWeightRows);
       const Cells<Real> weight = load_weight(classifier, part, channel, width, rows.get());
       dots<Real>(weight.data, weight.stride, block.get(), padded(most), out + l * cells, cells, 1, part.count,
                  cells, width, nullptr, channel == 0, ahead);
@@ -198,7 +211,7 @@ class ChannelGradients {
         width_((end - begin + kLanes - 1) / kLanes * kLanes),
         weight_(new Real[classifier.classes * width_]()),
         sums_(new Real[need_weight() ? classifier.classes * width_ : 0]()),
-        scaled_(new Real[std::min(kScaledRows, classifier.classes) * cells]),
+        scaled_(new Real[std::min(kClassBlock, classifier.classes) * cells]),
         rows_(new Real[gathered ? kClassBlock * width_ : 0]),
         products_(new Real[gathered && need_weight() ? kClassBlock * width_ : 0]) {
     const Real* grad_weight = static_cast<const Real*>(classifier.grad_weight);
@@ -217,40 +230,36 @@ class ChannelGradients {
   // [cells][kChannelBlock], if given.
   void add(const ClassList& classes, const Real* slopes, const Real* factors, int64_t cells,
            const Cells<Real>& values, Real* to, Ahead& ahead) {
-    for (int64_t first = 0; first < classes.count; first += kClassBlock) {
-      const ClassList part = classes.part(first, kClassBlock);
-      const bool dense = part.dense();
-      const ClassList span = dense ? part.span() : part;
+    ClassList part{};
+    for (int64_t first = 0; first < classes.count; first += part.count) {
+      part = classes.part(first, kClassBlock);
+      const bool gathered = part.labels != nullptr;
       const Real* rows = slopes + first * cells;
       if (factors != nullptr) {
-        // What of the span is not listed has no slope.
-        if (span.count > part.count) std::fill_n(scaled_.get(), span.count * cells, Real(0));
         for (int64_t i = 0; i < part.count; ++i) {
-          Real* scaled = scaled_.get() + (dense ? part[i] - span.first : i) * cells;
           const Real factor = factors[first + i];
-          for (int64_t cell = 0; cell < cells; ++cell) scaled[cell] = factor * rows[i * cells + cell];
+          for (int64_t cell = 0; cell < cells; ++cell) {
+            scaled_[i * cells + cell] = factor * rows[i * cells + cell];
+          }
         }
         rows = scaled_.get();
       }
       if (to != nullptr) {
-        const Real* weight = weight_.get() + span.first * width_;
-        if (!dense) {
-          for (int64_t i = 0; i < part.count; ++i)
-            copy_row(weight_.get() + part[i] * width_, rows_.get() + i * width_);
-          weight = rows_.get();
+        const Real* weight = gathered ? rows_.get() : weight_.get() + part.first * width_;
+        for (int64_t i = 0; gathered && i < part.count; ++i) {
+          copy_row(weight_.get() + part[i] * width_, rows_.get() + i * width_);
         }
-        product<Real>({rows, 1, cells}, weight, width_, to, kChannelBlock, cells, span.count, width_,
+        product<Real>({rows, 1, cells}, weight, width_, to, kChannelBlock, cells, part.count, width_,
                       first == 0, ahead);
       }
       if (!need_weight()) continue;
-      Real* sums = dense ? sums_.get() + span.first * width_ : products_.get();
+      Real* sums = gathered ? products_.get() : sums_.get() + part.first * width_;
       // Slices of cells: a single sum over a large map would lose digits.
       for (int64_t cell = 0; cell < cells; cell += kCellBlock) {
-        product<Real>({rows + cell, cells, 1}, values.at(cell), values.stride, sums, width_, span.count,
-                      std::min(kCellBlock, cells - cell), width_, !dense && cell == 0, ahead);
+        product<Real>({rows + cell, cells, 1}, values.at(cell), values.stride, sums, width_, part.count,
+                      std::min(kCellBlock, cells - cell), width_, gathered && cell == 0, ahead);
       }
-      if (dense) continue;
-      for (int64_t i = 0; i < part.count; ++i) {
+      for (int64_t i = 0; gathered && i < part.count; ++i) {
         add_row(products_.get() + i * width_, sums_.get() + part[i] * width_);
       }
     }
@@ -282,8 +291,6 @@ class ChannelGradients {
  private:
   static constexpr int64_t kLanes = Lanes<Real>::kCount;
   static constexpr int64_t kCellBlock = 128;
-  // Of a block of classes listed, with those between them.
-  static constexpr int64_t kScaledRows = static_cast<int64_t>(kClassBlock * ClassList::kSpanPerClass) + 1;
 
   bool need_weight() const { return classifier_.grad_weight != nullptr; }
   void copy_row(const Real* from, Real* to) const {

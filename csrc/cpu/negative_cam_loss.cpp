@@ -14,7 +14,7 @@ namespace {
 
 constexpr char kName[] = "fused_negative_cam_loss";
 
-// Images whose keys are made together, so that the weight is read once for all of them.
+// Images at most whose keys are made together, so that the weight is read once for all of them.
 constexpr int64_t kKeyImages = 8;
 // Bytes of features that stay in cache between the keys and the maps.
 constexpr int64_t kCachedBytes = int64_t{8} << 20;
@@ -80,15 +80,17 @@ template <typename Real>
 void choose_all(const NegativeCamLoss& p, const Targets& targets, int64_t first_image, int64_t last_image,
                 int32_t* chosen, int32_t* counts) {
   const int64_t classes = p.classifier.classes;
-  const int64_t blocks = (last_image - first_image + kKeyImages - 1) / kKeyImages;
+  const int64_t count = last_image - first_image, threads = torch::stable::get_num_threads();
+  const int64_t together = std::min(kKeyImages, (count + threads - 1) / threads);
+  const int64_t blocks = (count + together - 1) / together;
   const int64_t made = p.logits.data == nullptr ? p.classifier.channels * (p.branch.cells() + classes) : 0;
-  const int64_t cost = kKeyImages * (made + 8 * classes);
+  const int64_t cost = together * (made + 8 * classes);
   torch::stable::parallel_for(0, blocks, grain(cost), [&](int64_t begin, int64_t end) {
-    std::vector<Real> keys(kKeyImages * classes);
+    std::vector<Real> keys(together * classes);
     std::vector<int32_t> candidates;
     for (int64_t block = begin; block < end; ++block) {
-      const int64_t first = first_image + block * kKeyImages;
-      const int64_t last = std::min(last_image, first + kKeyImages);
+      const int64_t first = first_image + block * together;
+      const int64_t last = std::min(last_image, first + together);
       kernels().negative_keys(p, first, last, keys.data());
       for (int64_t n = first; n < last; ++n) {
         counts[n] =

@@ -79,39 +79,40 @@ double sum_of(int64_t count, Term&& term) {
   return total;
 }
 
-// Mean of (map - level)**2; `kept`, which may be the map itself, becomes map - level.
+// Mean of (map - level)**2; the map becomes map - level.
 template <typename Real>
-double mean_square(const Real* map, Real level, int64_t pixels, Real* kept) {
-  for (int64_t i = 0; i < pixels; ++i) kept[i] = map[i] - level;
-  return sum_of<Real>(pixels, [&](int64_t i) { return kept[i] * kept[i]; }) / static_cast<double>(pixels);
+double mean_square(Real* map, Real level, int64_t pixels) {
+  for (int64_t i = 0; i < pixels; ++i) map[i] -= level;
+  return sum_of<Real>(pixels, [&](int64_t i) { return map[i] * map[i]; }) / static_cast<double>(pixels);
 }
 
-// KL(uniform || softmax(map / temperature)), less cancellation: of a constant map exactly 0. `kept`, which
-// may be the map itself, becomes softmax - 1 / pixels.
+// KL(uniform || softmax(map / temperature)), less cancellation: of a constant map exactly 0. The map becomes
+// softmax - 1 / pixels.
 template <typename Real>
-double divergence(const Real* map, Real temperature, int64_t pixels, Real* kept) {
-  for (int64_t i = 0; i < pixels; ++i) kept[i] = map[i] / temperature;
-  Real high = kept[0];
-  for (int64_t i = 1; i < pixels; ++i) high = kept[i] > high ? kept[i] : high;
+double divergence(Real* map, Real temperature, int64_t pixels) {
+  for (int64_t i = 0; i < pixels; ++i) map[i] /= temperature;
+  Real high = map[0];
+  for (int64_t i = 1; i < pixels; ++i) high = map[i] > high ? map[i] : high;
   // A NaN that is passed over here shows in the sums.
-  for (int64_t i = 0; i < pixels; ++i) kept[i] -= high;
+  for (int64_t i = 0; i < pixels; ++i) map[i] -= high;
   const double count = static_cast<double>(pixels);
-  const double fall = sum_of<Real>(pixels, [&](int64_t i) { return kept[i]; }) / count;
-  for (int64_t i = 0; i < pixels; ++i) kept[i] = exponential(kept[i]);
-  const double total = sum_of<Real>(pixels, [&](int64_t i) { return kept[i]; });
+  const double fall = sum_of<Real>(pixels, [&](int64_t i) { return map[i]; }) / count;
+  for (int64_t i = 0; i < pixels; ++i) map[i] = exponential(map[i]);
+  const double total = sum_of<Real>(pixels, [&](int64_t i) { return map[i]; });
   const Real share = static_cast<Real>(1 / total), even = static_cast<Real>(1 / count);
-  for (int64_t i = 0; i < pixels; ++i) kept[i] = kept[i] * share - even;
+  for (int64_t i = 0; i < pixels; ++i) map[i] = map[i] * share - even;
   return std::log(total / count) - fall;
 }
 
 // Up to so many maps are sums over channels in the layout as it is; more are products of transposed channels.
 constexpr int64_t kFewMaps = 12;  // measured at 7 x 7: 8 with features in cache, 16 from memory
 
-// Raw maps of an image's classes.
+// Raw maps of an image's classes. How they are summed depends on the slots of the image, not on how many of
+// them a task has.
 template <typename T>
 void make_maps(const NegativeCamLoss& p, const ClassList& classes, int64_t image, Accumulate<T>* maps) {
   using Real = Accumulate<T>;
-  if (classes.count > kFewMaps) {
+  if (p.slots > kFewMaps) {
     raw_maps<T>(p.classifier, classes, p.branch, image, maps);
   } else if (classes.count > 0) {
     const int64_t channels = p.classifier.channels;
@@ -131,17 +132,14 @@ void negative_cam_loss_fwd(const NegativeCamLoss& p, int64_t image, int64_t slot
   const int64_t count = p.counts[image];
   const int64_t used = std::clamp(count, slot_begin, slot_end);
   const ClassList listed{p.chosen + row + slot_begin, 0, used - slot_begin};
-  const bool dense = listed.dense();
-  const ClassList classes = dense ? listed.span() : listed;
-  const bool in_place = kept != nullptr && classes.count == listed.count;
-  const std::unique_ptr<Real[]> scratch(new Real[in_place ? 0 : classes.count * pixels]);
-  Real* maps = in_place ? kept + slot_begin * pixels : scratch.get();
-  make_maps<T>(p, classes, image, maps);
+  const std::unique_ptr<Real[]> scratch(new Real[kept != nullptr ? 0 : listed.count * pixels]);
+  Real* maps = kept != nullptr ? kept + slot_begin * pixels : scratch.get();
+  make_maps<T>(p, listed, image, maps);
 
   const double images = static_cast<double>(p.images);
   for (int64_t i = 0; i < listed.count; ++i) {
     const int64_t label = listed[i], slot = slot_begin + i;
-    Real* map = maps + (dense ? label - classes.first : i) * pixels;
+    Real* map = maps + i * pixels;
     if (p.bias.data != nullptr) {
       const Real bias = load<Real>(p.bias, label);
       for (int64_t j = 0; j < pixels; ++j) map[j] += bias;
@@ -149,10 +147,9 @@ void negative_cam_loss_fwd(const NegativeCamLoss& p, int64_t image, int64_t slot
     int32_t positive = 0;
     for (int64_t j = 0; j < pixels; ++j) positive += map[j] > 0;
     p.positive[row + slot] = positive;
-    Real* slope = kept == nullptr ? map : kept + slot * pixels;
     const double loss =
-        p.uniform ? divergence(map, static_cast<Real>(p.temperature), pixels, slope)
-                  : mean_square(map, static_cast<Real>(p.level), pixels, slope) / static_cast<double>(count);
+        p.uniform ? divergence(map, static_cast<Real>(p.temperature), pixels)
+                  : mean_square(map, static_cast<Real>(p.level), pixels) / static_cast<double>(count);
     losses[slot] = static_cast<Real>(loss / images);
   }
   for (int64_t slot = used; slot < slot_end; ++slot) {
