@@ -70,6 +70,11 @@ def test_a_constant_map_has_no_focus_however_its_mean_is_rounded(backend, device
 
 
 @everywhere
+def test_a_map_of_several_blocks(backend, device):
+    assert_right(backend, Case(device=device, images=2, channels=3, shape=(46, 47)).features())
+
+
+@everywhere
 def test_empty(backend, device):
     with camkernels.use_backend(backend):
         mask, coverage = focus_area(torch.ones(0, 2, 3, 3, device=device))

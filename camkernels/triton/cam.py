@@ -133,6 +133,7 @@ def rows_product(
     stride_c,
     stride_p,
     HALF: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Rows ``row`` [K] of the weight times the pixels ``lane`` [P] from ``features_ptr`` on, in float32."""
@@ -148,7 +149,7 @@ def rows_product(
         if INTERPRETED or not HALF:  # the interpreter has no product of bfloat16
             weight = weight.to(tl.float32)
             values = values.to(tl.float32)
-        sums = tl.dot(weight, values, sums, input_precision="ieee")
+        sums = tl.dot(weight, values, sums, input_precision=PRECISION)
         weight_ptrs += BLOCK_C
         features_ptr += tl.cast(stride_c, tl.int64) * BLOCK_C
     return sums
@@ -194,7 +195,18 @@ def cam_product_fwd_kernel(
     inside = pixel < pixels
     features_ptr += tl.cast(first_pixel, tl.int64) * stride_p
     sums = rows_product(
-        features_ptr, weight_ptr, label, wanted, lane, inside, channels, stride_c, stride_p, HALF, BLOCK_C
+        features_ptr,
+        weight_ptr,
+        label,
+        wanted,
+        lane,
+        inside,
+        channels,
+        stride_c,
+        stride_p,
+        HALF,
+        "ieee",
+        BLOCK_C,
     )
     if bias_ptr is not None:
         sums += tl.load(bias_ptr + label).to(tl.float32)[:, None]

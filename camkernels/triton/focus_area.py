@@ -14,8 +14,9 @@ from camkernels.triton.front import (
     strides_of,
 )
 
-# A map of at most this many pixels lies in one block; of a larger one the sums are stored and read again.
-WHOLE_MAP = 256
+# A map of at most this many pixels lies in one block; of a larger one the sums are stored and read again. No
+# map that training has is so large, and scratch memory for the sums is four times the mask.
+WHOLE_MAP = 2048
 
 
 @triton.jit

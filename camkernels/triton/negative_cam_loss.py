@@ -203,6 +203,7 @@ def negative_cam_loss_fwd_kernel(
     ALIGN: tl.constexpr,
     UNIFORM: tl.constexpr,
     HALF: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,  # at least H * W
@@ -233,6 +234,7 @@ def negative_cam_loss_fwd_kernel(
         stride_c,
         stride_p,
         HALF,
+        PRECISION,
         BLOCK_C,
     )
     if bias_ptr is not None:
@@ -566,6 +568,7 @@ def negative_cam_loss_fwd(
                 **layout,
                 UNIFORM=uniform,
                 HALF=half,
+                PRECISION=precision_of(features.dtype),
                 BLOCK_K=block_k,
                 BLOCK_C=32 if half else 16,
                 BLOCK_P=block_p,
