@@ -51,6 +51,24 @@ void check_dots(int64_t m, int64_t n, int64_t k, bool overwrite) {
 }
 
 template <typename Real>
+void check_panel(int64_t m, int64_t n, int64_t k, bool overwrite) {
+  const int64_t a_stride = k + 2, b_stride = n + 3, row_stride = n + 1;
+  const auto a = random_numbers<Real>(m * a_stride), b = random_numbers<Real>(k * b_stride);
+  auto found = random_numbers<Real>(m * row_stride);
+  auto wanted = found;
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      Real sum = overwrite ? Real(0) : wanted[i * row_stride + j];
+      for (int64_t t = 0; t < k; ++t) sum += a[i * a_stride + t] * b[t * b_stride + j];
+      wanted[i * row_stride + j] = sum;
+    }
+  }
+  panel<Real>({a.data(), a_stride, 1}, b.data(), b_stride, found.data(), row_stride, m, k, n, nullptr,
+              overwrite);
+  expect("panel", found, wanted, m, n, k);
+}
+
+template <typename Real>
 void check_product(int64_t m, int64_t vectors, int64_t k, bool overwrite) {
   const int64_t n = vectors * Lanes<Real>::kCount, b_stride = n + 1, out_stride = n + 3;
   const auto a = random_numbers<Real>(m * k), b = random_numbers<Real>(k * b_stride);
@@ -86,11 +104,15 @@ void check_all() {
   for (const bool overwrite : {true, false}) {
     for (int64_t m = 1; m <= 14; ++m) {
       for (int64_t n = 1; n <= 26; ++n) {
-        for (const int64_t k : {1, 5, 16, 37}) check_dots<Real>(m, n, k, overwrite);
+        for (const int64_t k : {1, 5, 16, 37, 150}) check_dots<Real>(m, n, k, overwrite);
+      }
+      for (const int64_t n : {1, 9, 49, 127, 128, 200}) {
+        for (const int64_t k : {1, 8, 13}) check_panel<Real>(m, n, k, overwrite);
       }
       for (int64_t vectors = 1; vectors <= 9; ++vectors) check_product<Real>(m, vectors, 11, overwrite);
     }
   }
+  for (const bool overwrite : {true, false}) check_panel<Real>(1, 2100, 19, overwrite);
   for (const int64_t rows : {1, 7, 8, 16, 33}) {
     for (int64_t columns = 1; columns <= 50; ++columns) check_transpose<Real>(rows, columns);
   }

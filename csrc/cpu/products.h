@@ -71,6 +71,42 @@ inline void panel_rows(Scalars<Real> a, const Real* const* b, Real* out, int64_t
   if (rows == 1) panel_tile<1, kDepth>(a, b, out, out_stride, columns, first);
 }
 
+// From so many columns on a single row of sums takes the rows of b one after the other: the prefetcher
+// follows one long stream better than kPanelRows short ones.
+constexpr int64_t kLongRow = 128;
+// Columns whose partial sums stay in the first-level cache beside them.
+constexpr int64_t kRowTile = 1024;
+
+// One row of panel, the same to the bit.
+template <typename T>
+inline void panel_row(Scalars<Accumulate<T>> a, const T* b, int64_t b_stride, Accumulate<T>* out,
+                      int64_t depth, int64_t columns, Accumulate<T>* staging, bool overwrite) {
+  using Real = Accumulate<T>;
+  Real sums[kRowTile];
+  for (int64_t begin = 0; begin < columns; begin += kRowTile) {
+    const int64_t count = columns - begin < kRowTile ? columns - begin : kRowTile;
+    Real* to = out + begin;
+    for (int64_t r = 0; r < depth;) {
+      const bool first = overwrite && r == 0;
+      const int64_t end = depth - r >= kPanelRows ? r + kPanelRows : r + 1;
+      for (const int64_t start = r; r < end; ++r) {
+        const Real scalar = a.data[r * a.column_stride];
+        const Real* row = widened(b + r * b_stride + begin, staging, count);
+        if (r == start) {
+          for (int64_t j = 0; j < count; ++j) sums[j] = scalar * row[j];
+        } else {
+          for (int64_t j = 0; j < count; ++j) sums[j] += scalar * row[j];
+        }
+      }
+      if (first) {
+        std::memcpy(to, sums, count * sizeof(Real));
+      } else {
+        for (int64_t j = 0; j < count; ++j) to[j] += sums[j];
+      }
+    }
+  }
+}
+
 // out[m, j] = sum_r a(m, r) * b[r, j] (added to out unless `overwrite`); rows of b are contiguous.
 // `staging` holds kPanelRows * columns elements if T is a half type.
 template <typename T>
@@ -78,6 +114,9 @@ inline void panel(Scalars<Accumulate<T>> a, const T* b, int64_t b_stride, Accumu
                   int64_t out_stride, int64_t rows, int64_t depth, int64_t columns, Accumulate<T>* staging,
                   bool overwrite) {
   using Real = Accumulate<T>;
+  if (rows == 1 && columns >= kLongRow) {
+    return panel_row(a, b, b_stride, out, depth, columns, staging, overwrite);
+  }
   const Real* line[kPanelRows];
   for (int64_t r = 0; r < depth;) {
     const int count = depth - r >= kPanelRows ? kPanelRows : 1;
@@ -257,6 +296,29 @@ inline void dots_tile(const Real* a, int64_t a_stride, const Real* const* b, int
 // Columns that are multiplied by a tile of rows before the next rows are read: these come from farther away.
 constexpr int kDotGroup = 2 * kDotColumns;
 
+// Sums of one row of dots, side by side along the depth: so b is one stream of memory, and no sum waits for
+// the one before.
+constexpr int kDotChains = 4;
+
+template <typename Real>
+inline Real dot(const Real* a, const Real* b, int64_t depth) {
+  constexpr int64_t kLanes = Lanes<Real>::kCount;
+  Vector<Real> sum[kDotChains] = {};
+  int64_t j = 0;
+  for (; j + kDotChains * kLanes <= depth; j += kDotChains * kLanes) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kDotChains; ++i) {
+      sum[i] += load_vector(a + j + i * kLanes) * load_vector(b + j + i * kLanes);
+    }
+  }
+  for (; j + kLanes <= depth; j += kLanes) sum[0] += load_vector(a + j) * load_vector(b + j);
+  const Vector<Real> all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  Real total;
+  sum_lanes<1, Real>(&all, &total);
+  for (; j < depth; ++j) total += a[j] * b[j];
+  return total;
+}
+
 // out[m, i] = sum_j a[m, j] * b[i, j] (added to out unless `overwrite`); rows of both are contiguous.
 // `staging` holds kDotGroup * depth elements if T is a half type.
 template <typename T, typename Between>
@@ -264,6 +326,15 @@ inline void dots(const Accumulate<T>* a, int64_t a_stride, const T* b, int64_t b
                  int64_t out_row_stride, int64_t out_column_stride, int64_t rows, int64_t columns,
                  int64_t depth, Accumulate<T>* staging, bool overwrite, Between&& between) {
   using Real = Accumulate<T>;
+  if (rows == 1) {
+    for (int64_t i = 0; i < columns; ++i) {
+      const Real value = dot(a, widened(b + i * b_stride, staging, depth), depth);
+      Real& to = out[i * out_column_stride];
+      to = overwrite ? value : to + value;
+      if (i % kDotGroup == kDotGroup - 1) between();
+    }
+    return;
+  }
   const Real* line[kDotGroup];
   const int64_t row_tiles = (rows + kDotRows - 1) / kDotRows;
   const int64_t groups = (columns + kDotGroup - 1) / kDotGroup;
