@@ -27,7 +27,7 @@ from closeness import assert_as_close_as
 
 import camkernels
 from camkernels import _C, fused_negative_cam_loss
-from camkernels.ops.negative_cam_loss import KINDS, loss_and_positive_share
+from camkernels.ops.negative_cam_loss import KINDS, loss_and_counts, positive_share
 from camkernels.reference.cam import accumulate_dtype
 
 everywhere = pytest.mark.parametrize(("backend", "device"), without_cuda(BACKENDS))
@@ -447,9 +447,10 @@ def test_share_of_positive_pixels(backend, device, hot):
     bias = torch.linspace(-6, 6, case.classes, device=device).round()
     target, logits = target_of(case, hot), logits_of(case)
     with camkernels.use_backend(backend):
-        _, share = loss_and_positive_share(
+        _, positive, counts = loss_and_counts(
             "function", features, weight, target, bias, logits, 4, "mse", 0.0, 1.0
         )
+        share = positive_share(features, positive, counts)
     maps = torch.einsum("lc,nchw->nlhw", weight, features) + bias[:, None, None]
     chosen = expected_negatives(logits.cpu(), target.cpu(), 4)
     pixels = torch.cat([maps[n, labels].flatten() for n, labels in enumerate(chosen)])

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from camkernels.losses import _inputs
 from camkernels.ops import _checks
-from camkernels.ops.negative_cam_loss import KINDS, loss_and_positive_share
+from camkernels.ops.negative_cam_loss import KINDS, loss_and_counts, positive_share
 
 
 class HomogeneousNegativeCAMLoss(nn.Module):
@@ -123,7 +123,7 @@ class HomogeneousNegativeCAMLoss(nn.Module):
         target = _checks.classes_or_multi_hot(name, target, features, weight)
         if target.dim() == 1:  # here, as kernels would name the function
             _checks.classes_in_range(name, target, weight.shape[0])
-        loss, share = loss_and_positive_share(
+        loss, positive, counts = loss_and_counts(
             name,
             features,
             weight,
@@ -136,7 +136,7 @@ class HomogeneousNegativeCAMLoss(nn.Module):
             self.temperature,
         )
         if not torch.compiler.is_exporting():  # torch.export refuses a graph that sets an attribute
-            self.positive_share = share
+            self.positive_share = positive_share(features, positive, counts)
         return self.weight * loss
 
     def extra_repr(self) -> str:

@@ -74,7 +74,7 @@ def fused_negative_cam_loss(
     Source: Sun et al., ECCV 2020. The uniform kind is the released code's less its constant, log(H * W) for
     each negative.
     """
-    loss, _ = loss_and_positive_share(
+    loss, *_ = loss_and_counts(
         "fused_negative_cam_loss",
         features,
         weight,
@@ -89,7 +89,7 @@ def fused_negative_cam_loss(
     return loss.to(features.dtype)
 
 
-def loss_and_positive_share(
+def loss_and_counts(
     function: str,
     features: Tensor,
     weight: Tensor,
@@ -100,9 +100,9 @@ def loss_and_positive_share(
     kind: str,
     level: float,
     temperature: float,
-) -> tuple[Tensor, Tensor]:
-    """The loss, and how many of the chosen maps' pixels are above 0, from 0 to 1 and without gradient: two
-    scalars in the accumulation type. ``function`` is whom errors name."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, a scalar in the accumulation type; for ``positive_share``, without gradient, how many pixels
+    of each map are above 0, [N, K], and how many maps each image has, [N]. ``function`` is whom errors name."""
     features = _checks.features(function, features)
     weight = _checks.weight(function, weight, features)
     target = _checks.classes_or_multi_hot(function, target, features, weight)
@@ -126,14 +126,14 @@ def loss_and_positive_share(
     if _backend.resolve(function, requested, features.device.type, features.dtype, BACKENDS) == "reference":
         if target.dim() == 1:
             _checks.classes_in_range(function, target, classes)
-        losses, share = reference_image_losses(
+        losses, positive, counts = reference_image_losses(
             features, weight, target, bias, logits, num_negatives, kind, level, temperature
         )
-        return losses.sum() / max(images, 1), share
+        return losses.sum() / max(images, 1), positive, counts
     if target.dim() == 2:
         target = target != 0
     uniform = kind == "uniform"
-    loss, positive, counts = _NegativeCamLoss.apply(
+    found: tuple[Tensor, Tensor, Tensor] = _NegativeCamLoss.apply(
         features,
         weight,
         target,
@@ -146,8 +146,13 @@ def loss_and_positive_share(
         torch.is_grad_enabled(),
         requested,
     )
-    pixels = features.shape[2] * features.shape[3]
-    return loss, positive.sum() / (pixels * counts.sum()).clamp_min(1).to(accumulate)
+    return found
+
+
+def positive_share(features: Tensor, positive: Tensor, counts: Tensor) -> Tensor:
+    """How many of the chosen maps' pixels are above 0, from 0 to 1: a scalar in the accumulation type."""
+    pixels = features.shape[2] * features.shape[3] * counts.sum()
+    return positive.sum() / pixels.clamp_min(1).to(accumulate_dtype(features.dtype))
 
 
 class _NegativeCamLoss(torch.autograd.Function):

@@ -45,16 +45,16 @@ def image_losses(
     kind: str,
     level: float,
     temperature: float,
-) -> tuple[Tensor, Tensor]:
-    """The loss of each image, [N] in the accumulation type, and the share of positive pixels, a scalar."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of each image, [N] in the accumulation type; how many pixels of each map are positive, [N, K];
+    how many maps of each image count, [N]."""
     maps, counted = negative_maps(features, weight, target, bias, logits, num_negatives)
     # A map that does not count is left out before it is squared: it may hold inf or NaN.
     maps = torch.where(counted[..., None, None], maps, 0)
-    pixels = maps.shape[-2] * maps.shape[-1]
-    share = (maps > 0).sum() / (pixels * counted.sum()).clamp_min(1).to(maps.dtype)
+    positive, counts = (maps > 0).sum((-2, -1)), counted.sum(1)
     if kind == "mse":
         loss = (maps - level).square().mean((-2, -1))  # [N, K]
-        divisor = counted.sum(1).clamp_min(1)  # [N]
+        divisor = counts.clamp_min(1)  # [N]
     else:
         z = (maps / temperature).flatten(2)
         # KL(uniform || softmax), less cancellation: of a constant map exactly 0.
@@ -65,7 +65,7 @@ def image_losses(
     if target.dim() == 1:  # NaN shows where a class does not exist, on a device that cannot raise
         exists = (target >= 0) & (target < weight.shape[0])
         losses = torch.where(exists, losses, torch.nan)
-    return losses, share
+    return losses, positive, counts
 
 
 def negative_cam_loss(
@@ -80,5 +80,5 @@ def negative_cam_loss(
     level: float = 0.0,
     temperature: float = 1.0,
 ) -> Tensor:
-    losses, _ = image_losses(features, weight, target, bias, logits, num_negatives, kind, level, temperature)
+    losses, *_ = image_losses(features, weight, target, bias, logits, num_negatives, kind, level, temperature)
     return (losses.sum() / max(len(losses), 1)).to(features.dtype)
