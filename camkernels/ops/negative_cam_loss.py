@@ -102,7 +102,7 @@ def loss_and_counts(
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, a scalar in the accumulation type; for ``positive_share``, without gradient, how many pixels
-    of each map are above 0, [N, K], and how many maps each image has, [N]. ``function`` is whom errors name."""
+    of each map are above 0, [N, K], and how many maps each image has, [N]. Errors name ``function``."""
     features = _checks.features(function, features)
     weight = _checks.weight(function, weight, features)
     target = _checks.classes_or_multi_hot(function, target, features, weight)
