@@ -130,7 +130,7 @@ def loss_and_counts(
             features, weight, target, bias, logits, num_negatives, kind, level, temperature
         )
         return losses.sum() / max(images, 1), positive, counts
-    if target.dim() == 2:
+    if target.dim() == 2 and target.dtype != torch.bool:
         target = target != 0
     uniform = kind == "uniform"
     found: tuple[Tensor, Tensor, Tensor] = _NegativeCamLoss.apply(
