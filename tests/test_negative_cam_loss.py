@@ -340,13 +340,16 @@ def test_maps_that_are_constant_at_the_level_give_nothing(backend, device, kind,
 
 @everywhere
 @each_kind
-def test_an_image_that_shows_every_class_adds_nothing(backend, device, kind):
-    case = Case(device=device, channels=17, images=4)
+@pytest.mark.parametrize("num_negatives", [2, 15])
+def test_an_image_that_shows_every_class_adds_nothing(backend, device, kind, num_negatives):
+    case = Case(device=device, channels=17, images=4, classes=20)
     target = target_of(case, hot=True)
     target[1] = True
 
     def loss(features, weight, bias, target, count):
-        found = fused_negative_cam_loss(features, weight, target, bias=bias, num_negatives=2, kind=kind)
+        found = fused_negative_cam_loss(
+            features, weight, target, bias=bias, num_negatives=num_negatives, kind=kind
+        )
         return found * count
 
     inputs = [case.features(), case.weight(), case.bias()]

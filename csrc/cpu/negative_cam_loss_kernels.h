@@ -112,9 +112,10 @@ constexpr int64_t kFewMaps = 12;  // measured at 7 x 7: 8 with features in cache
 template <typename T>
 void make_maps(const NegativeCamLoss& p, const ClassList& classes, int64_t image, Accumulate<T>* maps) {
   using Real = Accumulate<T>;
+  if (classes.count == 0) return;
   if (p.slots > kFewMaps) {
     raw_maps<T>(p.classifier, classes, p.branch, image, maps);
-  } else if (classes.count > 0) {
+  } else {
     const int64_t channels = p.classifier.channels;
     const std::unique_ptr<Real[]> rows(new Real[classes.count * channels]);
     const Cells<Real> weight = load_weight(p.classifier, classes, 0, channels, rows.get());
