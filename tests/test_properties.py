@@ -150,7 +150,8 @@ def test_negatives_of_any_shape(
         for tensors in (as_plain(inputs), as_double(inputs))
     )
     for index, what in enumerate(("loss", "grad_features", "grad_weight", "grad_bias")[: len(found)]):
-        assert_as_close_as(found[index], plain[index], truth[index], margin=32.0, what=what)
+        # Tiny maps make single lucky roundings of PyTorch the yardstick, hence the wider margin.
+        assert_as_close_as(found[index], plain[index], truth[index], margin=8.0, what=what)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
