@@ -59,6 +59,86 @@ def weight(function: str, value: object, features: Tensor) -> Tensor:
     return same_device(function, "weight", value, features)
 
 
+def local_weight(function: str, value: object, features: Tensor) -> Tensor:
+    """Of n linear classifiers that share their classes, the last of which is the background."""
+    value = tensor(function, "weight", value, "[n, L + 1, C]", (3,))
+    if value.shape[1] < 2 or not 1 <= value.shape[0] <= 256:
+        raise ValueError(
+            f"{function}: weight has shape {list(value.shape)}; [n, L + 1, C] must have 1 to 256 classifiers "
+            "and at least 2 classes, the last being the background"
+        )
+    if value.shape[2] != features.shape[1]:
+        raise ValueError(
+            f"{function}: weight has {value.shape[2]} channels and features {features.shape[1]}, being "
+            f"{list(features.shape)}; they must be equal"
+        )
+    return same_device(function, "weight", value, features)
+
+
+def local_bias(function: str, value: object, weight: Tensor) -> Tensor | None:
+    if value is None:
+        return None
+    value = tensor(function, "bias", value, "[n, L + 1]", (2,))
+    if value.shape != weight.shape[:2]:
+        raise ValueError(
+            f"{function}: bias has shape {list(value.shape)} and weight {list(weight.shape)}; it must be "
+            f"{list(weight.shape[:2])}"
+        )
+    return same_device(function, "bias", value, weight, "weight")
+
+
+def mask(function: str, value: object, like: Tensor | None = None, argument: str = "features") -> Tensor:
+    """Bool [N, H, W], of the images and pixels of ``like``, the [N, ..., H, W] that is named ``argument``."""
+    if not isinstance(value, Tensor):
+        held = isinstance(getattr(value, "mask", None), Tensor)
+        raise TypeError(
+            f"{function}: mask is a {type(value).__name__}; it must be a bool tensor [N, H, W]"
+            + (": pass its .mask" if held else "")
+        )
+    if value.dtype != torch.bool:
+        raise TypeError(f"{function}: mask has dtype {dtype_name(value.dtype)}; it must be bool")
+    if value.dim() != 3 or 0 in value.shape[1:]:
+        raise ValueError(
+            f"{function}: mask has shape {list(value.shape)}; it must be [N, H, W], H and W at least 1"
+        )
+    if like is None:
+        return value
+    if value.shape != (like.shape[0], *like.shape[-2:]):
+        raise ValueError(
+            f"{function}: mask has shape {list(value.shape)} and {argument} {list(like.shape)}; it must be "
+            f"{[like.shape[0], *like.shape[-2:]]}"
+        )
+    return same_device(function, "mask", value, like, argument)
+
+
+def boxes(function: str, value: object, images: Tensor) -> Tensor:
+    value = tensor(function, "boxes", value, "[N, 4]", (2,))
+    if value.shape != (images.shape[0], 4):
+        raise ValueError(
+            f"{function}: boxes has shape {list(value.shape)} and images {list(images.shape)}; it must be "
+            f"[{images.shape[0]}, 4]"
+        )
+    same_device(function, "boxes", value, images, "images")
+    if value.device.type == "cpu" and not torch.compiler.is_compiling():  # there it waits for nothing
+        x0, y0, x1, y1 = value.detach().unbind(1)
+        for index in (~(value.isfinite().all(1) & (x0 < x1) & (y0 < y1))).nonzero()[:1].flatten().tolist():
+            raise ValueError(
+                f"{function}: boxes holds {value[index].tolist()} for image {index}; it must be finite "
+                "(x0, y0, x1, y1) with x0 < x1 and y0 < y1"
+            )
+    return value
+
+
+def size(function: str, value: object) -> tuple[int, int]:
+    """Height and width; one number for both."""
+    if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2:
+        return positive_int(function, "size", value[0]), positive_int(function, "size", value[1])
+    if isinstance(value, Sequence):
+        raise ValueError(f"{function}: size is {value!r}; it must be (height, width) or one integer for both")
+    both = positive_int(function, "size", value)
+    return both, both
+
+
 def bias(function: str, value: object, weight: Tensor) -> Tensor | None:
     if value is None:
         return None
@@ -148,12 +228,35 @@ def classes_in_range(
             )
 
 
-def images(function: str, value: object, features: Tensor) -> Tensor:
+def maps(function: str, value: object) -> Tensor:
+    dims = max(value.dim(), 2) if isinstance(value, Tensor) else 2
+    value = tensor(function, "maps", value, "[..., H, W]", (dims,))
+    if 0 in value.shape[-2:]:
+        raise ValueError(f"{function}: maps has shape {list(value.shape)}; H and W must be at least 1")
+    return value
+
+
+def local_activations(function: str, value: object) -> Tensor:
+    value = tensor(function, "activations", value, "[N, L + 1, H, W]", (4,))
+    if value.shape[1] < 2 or 0 in value.shape[2:]:
+        raise ValueError(
+            f"{function}: activations has shape {list(value.shape)}; [N, L + 1, H, W] must have at least 2 "
+            "classes, the last being the background, and at least 1 pixel (N may be 0)"
+        )
+    return value
+
+
+def pictures(function: str, value: object) -> Tensor:
     value = tensor(function, "images", value, "[N, D, H0, W0]", (4,))
     if 0 in value.shape[1:]:
         raise ValueError(
             f"{function}: images has shape {list(value.shape)}; D, H0 and W0 must be at least 1 (N may be 0)"
         )
+    return value
+
+
+def images(function: str, value: object, features: Tensor) -> Tensor:
+    value = pictures(function, value)
     if value.shape[0] != features.shape[0]:
         raise ValueError(
             f"{function}: images has {value.shape[0]} images and features {features.shape[0]}; "

@@ -1,0 +1,63 @@
+"""``otsu_mask``: maps split in two where their values fall apart best."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from camkernels import _backend, reference
+from camkernels._library import define_op
+from camkernels.ops import _checks
+
+
+class OtsuMask(NamedTuple):
+    """What ``otsu_mask`` returns."""
+
+    mask: Tensor  # [..., H, W] bool
+    threshold: Tensor  # [...]
+
+
+def otsu_mask(maps: Tensor, *, bins: int = 256) -> OtsuMask:
+    """Otsu's threshold of each map, and the pixels above it.
+
+        mask, threshold = otsu_mask(attention)
+
+    Args:
+        maps: ``[..., H, W]``, each with a histogram of its own, from its least to its greatest value.
+        bins: of the histogram, 2 to 4096.
+
+    Returns:
+        ``OtsuMask(mask, threshold)``: bool ``[..., H, W]``, and ``[...]`` in the dtype of ``maps``.
+        ``threshold`` is, to the last bit, what ``skimage.filters.threshold_otsu(map, nbins=bins)`` gives for
+        the map in float32 (float64 for float64), rounded to the dtype of ``maps``; ``mask`` is
+        ``maps > threshold`` as returned. A constant map has its value as threshold and an empty mask. A map
+        that holds a NaN, or whose range is infinite, has a NaN and an empty mask.
+
+    Gradients: none.
+    Numerics: float32 inside (float64 for float64); deterministic.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: ``maps`` is not ``[..., H, W]`` with at least one pixel, or ``bins`` is out of range.
+
+    Source: Otsu, "A threshold selection method from gray-level histograms", 1979; Shen and Liu, "Generating
+    Attention from Classifier Activations for Fine-grained Recognition", §4.3.
+    """
+    name = "otsu_mask"
+    maps = _checks.maps(name, maps).detach()
+    bins = _checks.positive_int(name, "bins", bins)
+    if not 2 <= bins <= 4096:
+        raise ValueError(f"{name}: bins is {bins}; it must be an integer from 2 to 4096")
+    requested = _backend.setting()
+    if _backend.resolve(name, requested, maps.device.type, maps.dtype) == "reference":
+        return OtsuMask(*reference.otsu_mask(maps, bins=bins))
+    height, width = maps.shape[-2:]
+    mask, threshold = torch.ops.camkernels.otsu_mask_fwd(maps.reshape(-1, height * width), bins, requested)
+    return OtsuMask(mask.view(maps.shape), threshold.view(maps.shape[:-2]))
+
+
+def _allocate(maps: Tensor, bins: int) -> tuple[Tensor, ...]:
+    return torch.empty_like(maps, dtype=torch.bool), maps.new_empty(maps.shape[0])
+
+
+define_op("otsu_mask_fwd", "Tensor maps, int bins", ("mask", "threshold"), allocate=_allocate)
