@@ -3,8 +3,8 @@
 Digits and photographs are those that scikit-learn ships, so nothing is downloaded. A scene has no centre: its
 digits are written in various sizes, colours and places, among pieces of other digits. ``digit_scenes`` have
 one class each, written three to five times; ``multi_label_scenes`` two to four, written once or twice;
-``object_scenes`` a single large digit among more clutter. ``image_folder`` gives one's own images the same
-form.
+``object_scenes`` a single large digit among more clutter; ``fine_grained_scenes`` a single small one, where a
+digit in bold and in thin strokes are two classes. ``image_folder`` gives one's own images the same form.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,6 +26,10 @@ TEST_SHARE = 0.25
 # Photographs are split between training and test by their columns, as the digits are by instance.
 TEST_COLUMNS = 0.3
 HELD_OUT_COLUMNS = 0.15
+# Ink is where a digit's 8 x 8 values, enlarged, are above this share of the darkest.
+STROKES = {"bold": 0.3, "thin": 0.6}
+STROKE_SIDE = 64  # pixels of a digit written so
+STROKE_EDGE = 0.25  # of the values, over which ink fades
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom; right and bottom are the first pixel outside
@@ -40,6 +44,7 @@ class Style:
     fragments: tuple[int, int] = (1, 3)  # pieces of digits of other classes
     mirrored: bool = False  # every other digit
     chalk: bool = False  # light ink on a dark photograph, else lighter or darker than what lies below
+    strokes: bool = False  # each digit in all STROKES, every one of them a class
     size: int = SIZE  # of the image
 
 
@@ -47,6 +52,10 @@ SCATTERED = Style(instances=(3, 5))
 SEVERAL_CLASSES = Style(instances=(1, 2), mirrored=True)
 ONE_OBJECT = Style(instances=(1, 1), digit_size=(28, 44), fragments=(2, 4), chalk=True)
 ALONE = Style(instances=(1, 1), digit_size=(28, 44), fragments=(0, 0), chalk=True, size=56)
+FINE_GRAINED = Style(
+    instances=(1, 1), digit_size=(40, 64), fragments=(2, 4), chalk=True, strokes=True, size=2 * SIZE
+)
+FINE_ALONE = replace(FINE_GRAINED, digit_size=(24, 48), fragments=(0, 0), size=56)
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,15 @@ class Scenes:
     boxes: tuple[tuple[Box, ...], ...] | None = None
     written: tuple[tuple[int, ...], ...] | None = None  # the class in each box
     sources: tuple[tuple[int, ...], ...] | None = None  # which digits of load_digits, fragments included
+
+
+class Digits(NamedTuple):
+    """What is written in scenes."""
+
+    pixels: NDArray[np.float32]  # [M, 8, 8] or enlarged, in [0, 1]
+    labels: NDArray[np.int64]  # [M]
+    names: tuple[str, ...]  # of the classes
+    sources: NDArray[np.int64]  # [M], which of load_digits
 
 
 class Scene(NamedTuple):
@@ -87,6 +105,23 @@ def object_pictures(count: int, seed: int) -> Scenes:
     """Small pictures, each filled by one digit alone, of the digits and photographs of the training scenes of
     ``object_scenes`` with that seed."""
     return _single_label_scenes((count, 0, 0), ALONE, seed)[0]
+
+
+def fine_grained_scenes(train: int, test: int, seed: int) -> tuple[Scenes, Scenes]:
+    """Scenes of one small digit each, among and over pieces of others. A digit in bold strokes and the same
+    in thin ones are two classes.
+
+    Images have twice the usual side: who looks closer sees more. Training and test scenes share neither a
+    digit nor a part of a photograph.
+    """
+    one, two = _single_label_scenes((train, test), FINE_GRAINED, seed)
+    return one, two
+
+
+def fine_grained_pictures(count: int, seed: int) -> Scenes:
+    """Small pictures, each filled by one digit alone, of the digits and photographs of the training scenes of
+    ``fine_grained_scenes`` with that seed."""
+    return _single_label_scenes((count, 0), FINE_ALONE, seed)[0]
 
 
 def multi_label_scenes(train: int, test: int, seed: int) -> tuple[Scenes, Scenes]:
@@ -124,22 +159,49 @@ def _scenes(
 ) -> list[Scenes]:
     """Scenes for training and test; with three counts held-out scenes between them. ``choose`` says which
     classes are in each, ``[count, classes]``."""
-    digits = load_digits()
-    pixels = (digits.images / digits.images.max()).astype(np.float32)  # [1797, 8, 8]
+    digits = _digits()
     photographs = load_sample_images().images
     rng = np.random.default_rng(seed)
-    allowed = [*_split(digits.target, rng)]
+    allowed = [*_split(digits.labels, rng)]
     cuts = [0, 1 - TEST_COLUMNS, 1]
     if len(counts) == 3:
-        rest, held_out = _split(digits.target[allowed[0]], rng)
+        rest, held_out = _split(digits.labels[allowed[0]], rng)
         allowed = [allowed[0][rest], allowed[0][held_out], allowed[1]]
         cuts.insert(1, 1 - TEST_COLUMNS - HELD_OUT_COLUMNS)
+    if style.strokes:
+        # In all its strokes a digit is on the same side of the split.
+        allowed = [
+            np.concatenate([part + k * len(digits.labels) for k in range(len(STROKES))]) for part in allowed
+        ]
+        digits = _in_strokes(digits)
     parts = []
     for part, (count, generator) in enumerate(zip(counts, rng.spawn(len(counts)), strict=True)):
-        present = choose(count, len(digits.target_names), generator)
+        present = choose(count, len(digits.names), generator)
         photos = [_columns(photo, *cuts[part : part + 2]) for photo in photographs]
-        parts.append(_compose(present, pixels, digits.target, allowed[part], photos, style, generator))
+        parts.append(_compose(present, digits, allowed[part], photos, style, generator))
     return parts
+
+
+def _digits() -> Digits:
+    given = load_digits()
+    pixels = (given.images / given.images.max()).astype(np.float32)
+    return Digits(
+        pixels, given.target, tuple(str(name) for name in given.target_names), np.arange(len(pixels))
+    )
+
+
+def _in_strokes(digits: Digits) -> Digits:
+    """All digits in the first of STROKES, then all in the next, with as many classes."""
+    side = (STROKE_SIDE, STROKE_SIDE)
+    enlarged = np.stack(
+        [np.asarray(Image.fromarray(digit).resize(side, Image.Resampling.BICUBIC)) for digit in digits.pixels]
+    )
+    return Digits(
+        np.concatenate([((enlarged - x) / STROKE_EDGE + 0.5).clip(0, 1) for x in STROKES.values()]),
+        np.concatenate([digits.labels + k * len(digits.names) for k in range(len(STROKES))]),
+        tuple(f"{name} {stroke}" for stroke in STROKES for name in digits.names),
+        np.tile(digits.sources, len(STROKES)),
+    )
 
 
 def _columns(photograph: NDArray[np.uint8], start: float, end: float) -> NDArray[np.uint8]:
@@ -163,42 +225,42 @@ def _split(
 
 def _compose(
     present: NDArray[np.bool_],  # [N, classes]
-    pixels: NDArray[np.float32],
-    labels: NDArray[np.int64],
+    digits: Digits,
     allowed: NDArray[np.int64],
     photographs: Sequence[NDArray[np.uint8]],
     style: Style,
     rng: np.random.Generator,
 ) -> Scenes:
-    classes = np.unique(labels)
+    classes, labels = np.arange(len(digits.names)), digits.labels
     scenes, written, sources = [], [], []
     for row in present:
-        instances = [
-            rng.choice(
-                allowed[labels[allowed] == label],
-                rng.integers(*style.instances, endpoint=True),
-                replace=False,
-            )
-            for label in classes[row]
-        ]
-        chosen = np.concatenate(instances)
+        chosen = np.concatenate(
+            [
+                rng.choice(
+                    allowed[labels[allowed] == label],
+                    rng.integers(*style.instances, endpoint=True),
+                    replace=False,
+                )
+                for label in classes[row]
+            ]
+        )
         other = allowed[np.isin(labels[allowed], classes[~row])]
         fragments = rng.choice(other, rng.integers(*style.fragments, endpoint=True), replace=False)
         background = crop_background(photographs[int(rng.integers(len(photographs)))], rng, style.size)
         if style.chalk:
             background //= 2
-        digits = pixels[chosen]  # [K, 8, 8]
+        instances = digits.pixels[chosen]
         if style.mirrored:
-            turn = rng.random(len(digits)) < 0.5
-            digits = np.where(turn[:, None, None], digits[..., ::-1], digits)
-        scenes.append(draw_scene(background, digits, pixels[fragments], rng, style))
-        written.append(tuple(int(np.flatnonzero(classes == labels[i])[0]) for i in chosen))
-        sources.append(tuple(int(i) for i in (*chosen, *fragments)))
+            turn = rng.random(len(instances)) < 0.5
+            instances = np.where(turn[:, None, None], instances[..., ::-1], instances)
+        scenes.append(draw_scene(background, instances, digits.pixels[fragments], rng, style))
+        written.append(tuple(int(labels[i]) for i in chosen))
+        sources.append(tuple(int(digits.sources[i]) for i in (*chosen, *fragments)))
     images = np.array([scene.image for scene in scenes], np.uint8).reshape(-1, style.size, style.size, 3)
     return Scenes(
         images=torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
         labels=torch.from_numpy(present.astype(np.int64)),
-        classes=tuple(str(name) for name in classes),
+        classes=digits.names,
         boxes=tuple(scene.boxes for scene in scenes),
         written=tuple(written),
         sources=tuple(sources),
@@ -228,7 +290,8 @@ def draw_scene(
     rng: np.random.Generator,
     style: Style = SCATTERED,
 ) -> Scene:
-    """Write ``instances`` [K, 8, 8] apart from one another, over ``fragments`` [F, 8, 8] cut from digits."""
+    """Write ``instances`` [K, 8, 8] apart from one another, over ``fragments`` [F, 8, 8] cut from digits;
+    both may be larger."""
     canvas = background.astype(np.float32)  # [S, S, 3]
     size = len(canvas)
     for digit in fragments:
