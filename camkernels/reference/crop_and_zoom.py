@@ -7,14 +7,20 @@ from torch.nn import functional as F
 from camkernels.reference.cam import accumulate_dtype
 
 
+def positions(low: Tensor, high: Tensor, count: int) -> Tensor:
+    """[N, count]: the centres of ``count`` cells between fractions of a side, in the units of grid_sample."""
+    center = (torch.arange(count, device=low.device, dtype=low.dtype) + 0.5) / count
+    return 2 * (low[:, None] + center * (high - low)[:, None]) - 1
+
+
 def crop_and_zoom(images: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     accumulate = accumulate_dtype(images.dtype)
     x0, y0, x1, y1 = boxes.detach().to(accumulate).unbind(1)
-    zero = torch.zeros_like(x0)
-    matrix = torch.stack([x1 - x0, zero, x0 + x1 - 1, zero, y1 - y0, y0 + y1 - 1], 1).view(-1, 2, 3)
+    y, x = positions(y0, y1, size[0])[:, :, None], positions(x0, x1, size[1])[:, None, :]
+    grid = torch.stack(torch.broadcast_tensors(x, y), -1)  # [N, h, w, 2]
     with torch.autocast(images.device.type, enabled=False):
-        grid = F.affine_grid(matrix, [*images.shape[:2], *size], align_corners=False)  # [N, h, w, 2]
         zoomed = F.grid_sample(images.to(accumulate), grid, padding_mode="border", align_corners=False)
     # NaN shows a box that is none, on a device that cannot raise.
-    is_box = boxes.isfinite().all(1) & (x1 > x0) & (y1 > y0)
-    return torch.where(is_box[:, None, None, None], zoomed, torch.nan).to(images.dtype)
+    is_box = boxes.isfinite().all(1) & (x0 < x1) & (y0 < y1)
+    zoomed = zoomed * torch.where(is_box, 1.0, torch.nan)[:, None, None, None]
+    return zoomed.to(images.dtype)
