@@ -8,6 +8,7 @@
 #include "cam_transform_mse_kernels.h"
 #include "focus_area_kernels.h"
 #include "negative_cam_loss_kernels.h"
+#include "otsu_mask_kernels.h"
 #include "stochastic_consistency_kernels.h"
 
 namespace camkernels::cpu {
@@ -127,6 +128,10 @@ void run_focus_area(const FocusArea& p, int64_t begin, int64_t end) {
   with_element_type(p.features.dtype, [&](auto element) { focus_area<decltype(element)>(p, begin, end); });
 }
 
+void run_otsu_mask_fwd(const OtsuMask& p, int64_t begin, int64_t end) {
+  with_element_type(p.maps.dtype, [&](auto element) { otsu_mask_fwd<decltype(element)>(p, begin, end); });
+}
+
 }  // namespace
 
 extern const Kernels CAMKERNELS_TABLE;
@@ -145,6 +150,7 @@ const Kernels CAMKERNELS_TABLE = {CAMKERNELS_ISA,
                                   run_negative_keys,
                                   run_negative_cam_loss_fwd,
                                   run_negative_cam_loss_bwd,
-                                  run_focus_area};
+                                  run_focus_area,
+                                  run_otsu_mask_fwd};
 
 }  // namespace camkernels::cpu

@@ -139,6 +139,14 @@ struct FocusArea {
   bool channels_last;
 };
 
+struct OtsuMask {
+  AnyArray maps;    // [M, P]
+  bool* mask;       // [M, P]
+  void* threshold;  // [M], dtype of maps
+  int64_t pixels;
+  int bins;
+};
+
 // `accumulate` is kDouble for float64 features, else kFloat. Ranges are of the index named.
 struct Kernels {
   const char* name;
@@ -164,6 +172,7 @@ struct Kernels {
   void (*negative_cam_loss_fwd)(const NegativeCamLoss&, int64_t image, int64_t slot_begin, int64_t slot_end);
   void (*negative_cam_loss_bwd)(const NegativeCamLoss&, int64_t channel_begin, int64_t channel_end);
   void (*focus_area)(const FocusArea&, int64_t image_begin, int64_t image_end);
+  void (*otsu_mask_fwd)(const OtsuMask&, int64_t map_begin, int64_t map_end);
 };
 
 // Maps of one image that a thread computes together: enough to reuse each feature it loads, few enough
