@@ -10,10 +10,10 @@ PROGRAMS = re.findall(r"```python\n(import torch\n.*?)```", README.read_text(enc
 
 
 def test_readme_shows_programs():
-    assert len(PROGRAMS) == 4
+    assert len(PROGRAMS) == 5
 
 
-@pytest.mark.parametrize("program", PROGRAMS, ids=["erase", "consistency", "seeds", "negatives"])
+@pytest.mark.parametrize("program", PROGRAMS, ids=["erase", "consistency", "seeds", "negatives", "attention"])
 def test_program_runs(program):
     names = {}
     exec(program, names)
