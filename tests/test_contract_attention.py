@@ -1,0 +1,635 @@
+"""What the functions around attention promise beside their values; see test_contract.py."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import BACKENDS, DEVICE, GPU, KERNEL_BACKENDS, Case, peak_bytes, run, without_cuda
+from torch.library import opcheck
+
+import camkernels
+from camkernels import (
+    attention_boxes,
+    crop_and_zoom,
+    fused_local_activations,
+    local_level_loss,
+    masked_max_pool,
+    otsu_mask,
+    reference,
+)
+
+OPS = torch.ops.camkernels
+OTHER_BACKENDS = without_cuda(BACKENDS)
+OTHER_KERNELS = without_cuda(KERNEL_BACKENDS)
+CLASSIFIERS = 3
+BOXES = [[0.25, 0.1, 0.9, 0.6], [0.0, 0.0, 1.0, 1.0], [-0.2, 0.5, 0.3, 1.3]]  # one reaches beyond its image
+# Functions with a gradient, of which masked_max_pool alone has CUDA C++ kernels.
+DIFFERENTIABLE = ("fused_local_activations", "local_level_loss", "masked_max_pool", "crop_and_zoom")
+
+
+def placed(backends):
+    """Each function with a gradient where it has kernels."""
+    return [
+        (function, backend, device)
+        for function in DIFFERENTIABLE
+        for backend, device in (backends if function == "masked_max_pool" else without_cuda(backends))
+    ]
+
+
+def small(device="cpu", **options):
+    return Case(**{"device": device, "channels": 5, "classes": 4, "shape": (5, 6), **options})
+
+
+def classifier_inputs(case):
+    """Features, weights and biases of the classifiers."""
+    wide = replace(case, classes=CLASSIFIERS * case.classes)
+    leaves = [
+        case.features(),
+        wide.weight().view(CLASSIFIERS, case.classes, case.channels),
+        wide.bias().view(CLASSIFIERS, case.classes),
+    ]
+    return [x.requires_grad_() for x in leaves]
+
+
+def activations_of(case):
+    return replace(case, channels=case.classes, layout="contiguous").features()
+
+
+def mask_of(case):
+    drawn = torch.rand((case.images, *case.shape), generator=case.generator())
+    return (drawn < 0.4).to(case.device)
+
+
+def labels_of(case):
+    """No background among them."""
+    return case.target() % (case.classes - 1)
+
+
+def boxes_of(case):
+    return torch.tensor(BOXES, device=case.device)[torch.arange(case.images, device=case.device) % 3]
+
+
+def call_of(function, case):
+    """The function of the tensors that have a gradient, and those tensors."""
+    mask, target, boxes = mask_of(case), labels_of(case), boxes_of(case)
+    return {
+        "fused_local_activations": lambda: (fused_local_activations, classifier_inputs(case)),
+        "local_level_loss": lambda: (lambda x: local_level_loss(x, mask, target), [activations_of(case)]),
+        "masked_max_pool": lambda: (lambda x: masked_max_pool(x, mask), [case.features()]),
+        "crop_and_zoom": lambda: (lambda x: crop_and_zoom(x, boxes, (7, 4)), [case.features()]),
+    }[function]()
+
+
+def scale(features, weight, bias, target, images):
+    """One scale of the multi-scale model: all six functions."""
+    activations, attention = fused_local_activations(features, weight, bias)
+    mask, threshold = otsu_mask(attention, bins=8)
+    pooled = masked_max_pool(features, mask)
+    boxes = attention_boxes(mask)
+    zoomed = crop_and_zoom(images, boxes, images.shape[2:])
+    loss = local_level_loss(activations, mask, target)
+    loss = loss + sum(x.float().square().mean() for x in (attention, pooled, zoomed))
+    return loss, activations, attention, mask, threshold, boxes, zoomed
+
+
+def scale_inputs(case):
+    """What has a gradient, with the classes last but one and images last."""
+    images = replace(case, channels=3, seed=case.seed + 7).features().requires_grad_()
+    return [*classifier_inputs(case), labels_of(case), images]
+
+
+def with_grads(outputs, inputs):
+    """The outputs of ``scale`` and the gradients of its loss."""
+    grads = torch.autograd.grad(outputs[0], [x for x in inputs if x.requires_grad])
+    return [x.detach() for x in outputs] + list(grads)
+
+
+def scale_results(inputs, function=scale):
+    return with_grads(function(*inputs), inputs)
+
+
+@pytest.mark.parametrize("backend, device", OTHER_KERNELS)
+@pytest.mark.parametrize("dtype, layout", [(torch.float32, "contiguous"), (torch.float16, "channels_last")])
+def test_opcheck_of_local_activations(backend, device, dtype, layout):
+    case = small(device, images=2, shape=(3, 4), dtype=dtype, layout=layout)
+    features, weight, bias = (x.detach() for x in classifier_inputs(case))
+    whole = layout == "contiguous"
+    opcheck(OPS.local_activations_fwd.default, (features, weight, None if whole else bias, False, backend))
+    forward = (features, weight, bias if whole else None, True, backend)
+    opcheck(OPS.local_activations_fwd.default, forward)
+    activations, attention, winner, attention_class = OPS.local_activations_fwd(*forward)
+    given = torch.rand_like(activations), torch.rand_like(attention)
+    for grads, needed in (
+        ((given, (True, True, True)), ((given[0], None), (False, True, False)))
+        if whole
+        else (((None, given[1]), (True, False, False)), (given, (False, False, True)))
+    ):
+        backward = (features, weight, *grads, winner, attention_class, *needed, backend)
+        opcheck(OPS.local_activations_bwd.default, backward)
+
+
+@pytest.mark.parametrize("backend, device", KERNEL_BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_opcheck_of_otsu_mask(backend, device, dtype):
+    maps = torch.randn((2, 12), device=device, dtype=dtype)
+    opcheck(OPS.otsu_mask_fwd.default, (maps, 4, backend))
+
+
+@pytest.mark.parametrize("backend, device", OTHER_KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_opcheck_of_local_level_loss(backend, device, dtype):
+    case = small(device, images=2, shape=(3, 4), dtype=dtype)
+    inputs = activations_of(case), mask_of(case), labels_of(case)
+    opcheck(OPS.local_level_loss_fwd.default, (*inputs, backend))
+    opcheck(OPS.local_level_loss_bwd.default, (*inputs, torch.tensor(0.7, device=device), backend))
+
+
+@pytest.mark.parametrize("backend, device", KERNEL_BACKENDS)
+@pytest.mark.parametrize("dtype, layout", [(torch.float32, "contiguous"), (torch.float16, "channels_last")])
+def test_opcheck_of_masked_max_pool(backend, device, dtype, layout):
+    case = small(device, images=2, shape=(3, 4), dtype=dtype, layout=layout)
+    features, mask = case.features(), mask_of(case)
+    opcheck(OPS.masked_max_pool_fwd.default, (features, mask, backend))
+    pooled, index = OPS.masked_max_pool_fwd(features, mask, backend)
+    backward = (torch.rand_like(pooled), mask, index, layout == "channels_last", backend)
+    opcheck(OPS.masked_max_pool_bwd.default, backward)
+
+
+@pytest.mark.parametrize("backend, device", OTHER_KERNELS)
+@pytest.mark.parametrize("dtype, layout", [(torch.float32, "contiguous"), (torch.float16, "channels_last")])
+def test_opcheck_of_boxes_and_crops(backend, device, dtype, layout):
+    case = small(device, images=2, channels=2, shape=(3, 4), dtype=dtype, layout=layout)
+    images, boxes = case.features(), boxes_of(case)
+    opcheck(OPS.attention_boxes_fwd.default, (mask_of(case), backend))
+    opcheck(OPS.crop_and_zoom_fwd.default, (images, boxes, 5, 3, backend))
+    grad = torch.rand_like(OPS.crop_and_zoom_fwd(images, boxes, 5, 3, backend))
+    opcheck(OPS.crop_and_zoom_bwd.default, (grad, boxes, 3, 4, backend))
+
+
+@pytest.mark.parametrize("backend, device", OTHER_BACKENDS)
+def test_attention_compiles_without_a_graph_break(backend, device):
+    inputs = scale_inputs(small(device))
+    torch.compiler.reset()
+    with camkernels.use_backend(backend):
+        compiled = torch.compile(scale, fullgraph=True, backend="aot_eager")
+        found, truth = scale_results(inputs, compiled), scale_results(inputs)
+    torch.testing.assert_close(found, truth)
+
+
+def test_attention_compiles_with_inductor_and_dynamic_shapes():
+    """One graph for all; with the height, the number of pixels is dynamic."""
+    torch.compiler.reset()
+    compiled = torch.compile(scale, fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for images, height in ((2, 5), (3, 7), (5, 9)):
+            inputs = scale_inputs(small(DEVICE, images=images, shape=(height, 6)))
+            torch.testing.assert_close(scale_results(inputs, compiled), scale_results(inputs))
+
+
+class Scale(torch.nn.Module):
+    def forward(self, features, weight, bias, target, images):
+        return scale(features, weight, bias, target, images)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_attention_exports(dynamic):
+    def arguments(images, seed):
+        return tuple(x.detach() for x in scale_inputs(small(DEVICE, images=images, seed=seed)))
+
+    batch = {0: torch.export.Dim("batch", min=2, max=64)}
+    shapes = {"features": batch, "weight": None, "bias": None, "target": batch, "images": batch}
+    program = torch.export.export(Scale(), arguments(3, 0), dynamic_shapes=shapes if dynamic else None)
+    for op in (
+        "local_activations",
+        "otsu_mask",
+        "masked_max_pool",
+        "attention_boxes",
+        "crop_and_zoom",
+        "local_level_loss",
+    ):
+        assert f"camkernels.{op}_fwd" in str(program.graph)
+    other = arguments(5 if dynamic else 3, 1)
+    for mine, exact in zip(program.module()(*other), scale(*other), strict=True):
+        assert torch.equal(mine, exact)
+
+
+@pytest.mark.parametrize("backend, device", OTHER_BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_nothing_around_attention(backend, device, dtype):
+    inputs = scale_inputs(small(device, dtype=dtype, weight_dtype=torch.float32))
+    with camkernels.use_backend(backend):
+        plain = scale_results(inputs)
+        with torch.autocast(device, dtype=torch.bfloat16):
+            outputs = scale(*inputs)
+        found = with_grads(outputs, inputs)
+    masks = [torch.bool, dtype, torch.float32, dtype]  # mask, threshold, boxes, zoomed
+    grads = [dtype, torch.float32, torch.float32, dtype]
+    assert [x.dtype for x in found] == [torch.float32, dtype, dtype, *masks, *grads]
+    assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+
+
+@pytest.mark.parametrize("function, backend, device", placed(BACKENDS))
+def test_double_backward_around_attention(function, backend, device):
+    """Kernels refuse, also where the gradient is linear in what came; the reference has it."""
+    call, inputs = call_of(function, small(device))
+    for place in range(len(inputs)):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        with camkernels.use_backend(backend):
+            result = call(*leaves)
+        result = result[0] if isinstance(result, tuple) else result
+        given = torch.ones_like(result, requires_grad=True)
+        (grad,) = torch.autograd.grad(result, leaves[place], given, create_graph=True)
+        if backend == "reference":
+            (again,) = torch.autograd.grad(grad.square().sum(), given)
+            assert again.any()
+        else:
+            with pytest.raises(RuntimeError, match=f"{function}: there is no double backward"):
+                grad.sum().backward()
+
+
+@pytest.mark.parametrize("function, backend, device", placed(BACKENDS))
+def test_gradients_around_attention_only_where_asked_for(function, backend, device):
+    """Each alone is the one of all together."""
+    case = small(device)
+    call, inputs = call_of(function, case)
+    inputs = [x.detach() for x in inputs]
+    together = run(backend, call, inputs).grads
+    for place in range(len(inputs)):
+        needed = [i == place for i in range(len(inputs))]
+        alone = run(backend, call, inputs, needed=needed).grads
+        assert [x is not None for x in alone] == needed
+        assert torch.equal(alone[place], together[place])
+    with camkernels.use_backend(backend):
+        nothing = call(*inputs)
+        with torch.no_grad():
+            without = call(*(x.clone().requires_grad_() for x in inputs))
+    for results in (nothing, without):
+        assert not any(x.requires_grad for x in (results if isinstance(results, tuple) else (results,)))
+
+
+@pytest.mark.parametrize("backend, device", OTHER_BACKENDS)
+def test_masks_and_boxes_have_no_gradient(backend, device):
+    case = small(device)
+    boxes = boxes_of(case).requires_grad_()
+    images = case.features().requires_grad_()
+    with camkernels.use_backend(backend):
+        found = otsu_mask(images)
+        zoomed = crop_and_zoom(images, boxes, 4)
+        assert not crop_and_zoom(images.detach(), boxes, 4).requires_grad
+        assert not attention_boxes(found.mask[:, 0]).requires_grad
+    assert not any(x.requires_grad for x in found)
+    assert torch.autograd.grad(zoomed.sum(), (images, boxes), allow_unused=True)[1] is None
+
+
+@pytest.mark.parametrize("backend, device", OTHER_KERNELS)
+def test_each_output_of_local_activations_alone(backend, device):
+    """Its gradient for both is that for the one and that for the other."""
+    inputs = classifier_inputs(small(device))
+    with camkernels.use_backend(backend):
+        activations, attention = fused_local_activations(*inputs)
+        draw = torch.Generator().manual_seed(1)
+        given = [torch.randn(x.shape, generator=draw).to(device) for x in (activations, attention)]
+        first, second, both = (
+            torch.autograd.grad(outputs, inputs, grads, retain_graph=True)
+            for outputs, grads in (
+                (activations, given[0]),
+                (attention, given[1]),
+                ((activations, attention), given),
+            )
+        )
+    torch.testing.assert_close([a + b for a, b in zip(first, second, strict=True)], list(both))
+    assert all(x.any() for x in second)
+
+
+@pytest.mark.parametrize("function, backend, device", placed(KERNEL_BACKENDS))
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_output_gradients_around_attention_lie_anywhere(function, backend, device, layout):
+    """Expanded, as of a sum; every second element of something; channels first or last."""
+    call, inputs = call_of(function, small(device, layout=layout))
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    with camkernels.use_backend(backend):
+        results = call(*inputs)
+        results = results if isinstance(results, tuple) else (results,)
+
+        def grads(given):
+            return torch.autograd.grad(results, inputs, given, retain_graph=True)
+
+        draw = torch.Generator().manual_seed(1)
+        plain = [torch.randn(x.shape, generator=draw).to(device) for x in results]
+        expected = grads(plain)
+        sparse = [torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0] for x in plain]
+        turned = [x.movedim(0, -1).contiguous().movedim(-1, 0) for x in plain]
+        last = [x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in plain]
+        for other in (sparse, turned, last):
+            assert all(torch.equal(a, b) for a, b in zip(expected, grads(other), strict=True))
+        ones = [torch.ones_like(x) for x in results]
+        expanded = [torch.ones((), device=device).expand(x.shape) for x in results]
+        assert all(torch.equal(a, b) for a, b in zip(grads(ones), grads(expanded), strict=True))
+
+
+@pytest.mark.parametrize("backend, device", OTHER_BACKENDS)
+def test_functions_around_attention_leave_their_inputs_alone(backend, device):
+    case = small(device, maps="ties")
+    inputs = scale_inputs(case)
+    others = [mask_of(case), boxes_of(case)]
+    before = [x.detach().clone() for x in (*inputs, *others)]
+    with camkernels.use_backend(backend):
+        scale_results(inputs)
+        masked_max_pool(inputs[0], others[0])
+        attention_boxes(others[0])
+        crop_and_zoom(inputs[4], others[1], 3)
+    assert all(torch.equal(a, b) for a, b in zip(before, (*inputs, *others), strict=True))
+
+
+def outputs_of(backend, device, case):
+    """Everything that the ops write."""
+    features, weight, bias = (x.detach() for x in classifier_inputs(case))
+    mask, target, boxes = mask_of(case), labels_of(case), boxes_of(case)
+    draw = torch.Generator().manual_seed(2)
+
+    def like(tensor):
+        return torch.randn(tensor.shape, generator=draw).to(tensor)
+
+    pooled, index = OPS.masked_max_pool_fwd(features, mask, backend)
+    thresholds = OPS.otsu_mask_fwd(features.flatten(0, 1).flatten(1), 16, backend)
+    lies_last = not features.is_contiguous()
+    results = [
+        pooled,
+        index,
+        *thresholds,
+        OPS.masked_max_pool_bwd(like(pooled), mask, index, lies_last, backend),
+    ]
+    if backend == "cuda":
+        return results
+    forward = OPS.local_activations_fwd(features, weight, bias, True, backend)
+    given = like(forward[0]), like(forward[1])
+    kept = *forward[2:], True, True, True, backend
+    losses = (forward[0], mask, target)
+    zoomed = OPS.crop_and_zoom_fwd(features, boxes, 9, 4, backend)
+    return [
+        *results,
+        *forward,
+        *OPS.local_activations_bwd(features, weight, *given, *kept),
+        OPS.local_level_loss_fwd(*losses, backend),
+        OPS.local_level_loss_bwd(*losses, torch.tensor(0.7, device=device), backend),
+        OPS.attention_boxes_fwd(mask, backend),
+        zoomed,
+        OPS.crop_and_zoom_bwd(like(zoomed), boxes, *case.shape, backend),
+    ]
+
+
+@pytest.mark.parametrize("backend, device", KERNEL_BACKENDS)
+@pytest.mark.parametrize("dtype, layout", [(torch.float32, "contiguous"), (torch.float16, "channels_last")])
+def test_ops_around_attention_are_deterministic_and_write_everything(backend, device, dtype, layout):
+    """Run to run, and with any number of threads. Under this setting PyTorch fills what is allocated with
+    NaN, integers with their largest."""
+    # More pixels than a tile of the loss has.
+    shape = (7, 11) if device == "cpu" and backend == "triton" else (13, 17)
+    case = small(device, shape=shape, dtype=dtype, layout=layout)
+    plainly = outputs_of(backend, device, case)
+    assert not any(x.isnan().any() for x in plainly)
+    threads = torch.get_num_threads()
+    torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(5)
+    try:
+        again = outputs_of(backend, device, case)
+        torch.set_num_threads(1)
+        alone = outputs_of(backend, device, case)
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(False)
+    for index, found in enumerate(zip(plainly, again, alone, strict=True)):
+        assert all(torch.equal(found[0], other) for other in found[1:]), index
+
+
+@pytest.mark.parametrize("function, backend, device", placed(KERNEL_BACKENDS))
+def test_backward_around_attention_may_run_twice(function, backend, device):
+    call, inputs = call_of(function, small(device))
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    with camkernels.use_backend(backend):
+        results = call(*inputs)
+    results = list(results) if isinstance(results, tuple) else [results]
+    given = [torch.full_like(x, 0.3) for x in results]
+    first, second = (torch.autograd.grad(results, inputs, given, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("function, backend, device", placed(KERNEL_BACKENDS))
+def test_what_is_kept_for_backward_around_attention(function, backend, device):
+    """Beside arguments: which classifier won, a byte each, and of which class the attention is; which pixel
+    is the largest. Nothing where no gradient will be asked for."""
+    case = small(device)
+    call, inputs = call_of(function, case)
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    own = {x.data_ptr() for x in inputs}
+    arguments = [mask_of(case), labels_of(case), boxes_of(case)]
+
+    def kept(call, leaves):
+        saved = {}
+        with (
+            camkernels.use_backend(backend),
+            torch.autograd.graph.saved_tensors_hooks(lambda x: saved.update({x.data_ptr(): x}) or x, id),
+        ):
+            call(*leaves)
+        new = [x for pointer, x in saved.items() if pointer not in own and x.numel() > 0]
+        new = [x for x in new if not any(x.shape == y.shape and torch.equal(x, y) for y in arguments)]
+        return sorted((str(x.dtype), list(x.shape)) for x in new)
+
+    images, pixels = case.images, list(case.shape)
+    assert (
+        kept(call, inputs)
+        == {
+            "fused_local_activations": [
+                ("torch.int32", [images, *pixels]),
+                ("torch.uint8", [images, case.classes, *pixels]),
+            ],
+            "local_level_loss": [],
+            "masked_max_pool": [("torch.int32", [images, case.channels])],
+            "crop_and_zoom": [],
+        }[function]
+    )
+    assert kept(call, [x.detach() for x in inputs]) == []
+
+
+LARGE = {"images": 4, "channels": 64, "classes": 30, "shape": (28, 28)}
+
+
+@pytest.mark.parametrize(
+    "function, backend, device",
+    [row for row in placed(KERNEL_BACKENDS) if GPU or row[1] == "cpu"],
+)
+@pytest.mark.parametrize("dtype, layout", [(torch.float32, "contiguous"), (torch.float16, "channels_last")])
+def test_peak_memory_around_attention(function, backend, device, dtype, layout):
+    """Outputs, gradients and what is kept; in its interpreter Triton copies all that kernels read."""
+    case = Case(**LARGE, device=device, dtype=dtype, layout=layout, weight_dtype=torch.float32)
+    case = replace(case, images=64 if GPU else case.images)
+    call, inputs = call_of(function, case)
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    with camkernels.use_backend(backend):
+        results = call(*inputs)
+        results = results if isinstance(results, tuple) else (results,)
+        given = [torch.randn_like(x) for x in results]
+        torch.autograd.grad(results, inputs, given)  # what is made once, at the first call
+        most, grads = peak_bytes(lambda: torch.autograd.grad(call(*inputs), inputs, given), device)
+
+    def size(tensors):
+        return sum(x.numel() * x.element_size() for x in tensors)
+
+    kept = {"fused_local_activations": size(results) // results[0].element_size() + 3 * given[-1].numel()}
+    needed = size(results) + size(grads) + kept.get(function, 0)
+    assert size(grads) <= most <= 1.05 * needed
+
+
+@pytest.mark.skipif(GPU, reason="Triton's scratch memory on a GPU is in test_peak_memory_around_attention")
+def test_memory_of_local_activations_against_the_volume_of_all_classifiers():
+    """n / 2 times less than plain PyTorch, which keeps the volume until backward; n is 16."""
+    case = Case(**LARGE)
+    features = case.features().requires_grad_()
+    weight = replace(case, classes=16 * case.classes).weight().view(16, case.classes, -1).requires_grad_()
+
+    def step(function):
+        activations, attention = function(features, weight)
+        return torch.autograd.grad(activations.square().mean() + attention.mean(), (features, weight))
+
+    step(fused_local_activations)
+    ours, _ = peak_bytes(lambda: step(fused_local_activations), "cpu")
+    theirs, _ = peak_bytes(lambda: step(reference.local_activations), "cpu")
+    assert 8 * ours <= theirs
+
+
+@pytest.mark.parametrize("backend, device", OTHER_BACKENDS)
+def test_no_image_at_all(backend, device):
+    """Gradients of what all images share are 0, the others have no element."""
+    case = small(device, images=0)
+    inputs = scale_inputs(case)
+    with camkernels.use_backend(backend):
+        outputs = scale(*inputs)
+        sums = sum(x.sum() for x in (*outputs[:3], outputs[6], masked_max_pool(inputs[0], mask_of(case))))
+        grads = torch.autograd.grad(sums, [x for x in inputs if x.requires_grad])
+        assert local_level_loss(outputs[1], outputs[3], inputs[3]).item() == 0
+    shapes = [[0, 4, 5, 6], [0, 5, 6], [0, 5, 6], [0], [0, 4], [0, 3, 5, 6]]
+    assert [list(x.shape) for x in outputs[1:]] == shapes
+    assert [x.shape for x in grads] == [x.shape for x in inputs if x.requires_grad]
+    assert not any(x.any() for x in grads)
+
+
+def test_meta_tensors_give_shapes():
+    """Memory formats and dtypes, too."""
+    case = small(dtype=torch.bfloat16, layout="channels_last", weight_dtype=torch.float32)
+    real = scale_results(scale_inputs(case))
+    found = scale_results([x.detach().to("meta").requires_grad_(x.requires_grad) for x in scale_inputs(case)])
+    assert {x.device.type for x in found} == {"meta"}
+    for mine, exact in zip(found, real, strict=True):
+        assert (mine.shape, mine.dtype, mine.stride()) == (exact.shape, exact.dtype, exact.stride())
+
+
+@pytest.mark.parametrize("function, backend, device", placed(KERNEL_BACKENDS))
+def test_backward_around_attention_uses_the_backend_of_its_forward(function, backend, device, monkeypatch):
+    call, inputs = call_of(function, small(device))
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    with camkernels.use_backend(backend):
+        result = call(*inputs)
+    seen = []
+    resolve = camkernels._backend.resolve
+    monkeypatch.setattr(
+        camkernels._backend,
+        "resolve",
+        lambda name, requested, *rest: seen.append((name, requested)) or resolve(name, requested, *rest),
+    )
+    with camkernels.use_backend("reference"):
+        (result[0] if isinstance(result, tuple) else result).sum().backward()
+    assert seen == [(f"{function.removeprefix('fused_')}_bwd", backend)]
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+class TestAttentionOnAGpu:
+    """With the backends that ``auto`` takes, unless it is said otherwise."""
+
+    @pytest.mark.parametrize("shape", [(7, 7), (33, 40)])
+    def test_nothing_synchronises(self, shape):
+        inputs = scale_inputs(small("cuda", shape=shape))
+        scale_results(inputs)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            scale_results(inputs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    @pytest.mark.parametrize("shape", [(7, 7), (33, 40)])
+    def test_cuda_graph(self, shape):
+        case = small("cuda", channels=64, shape=shape)
+        inputs = scale_inputs(case)
+
+        def step():
+            return scale_results(inputs)
+
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        with torch.no_grad():
+            inputs[0].copy_(replace(case, seed=1).features())
+        graph.replay()
+        fresh = step()
+        assert all(torch.equal(a, b) for a, b in zip(captured, fresh, strict=True))
+
+    def test_current_stream(self):
+        case = small("cuda", images=64, channels=256, shape=(14, 14))
+        features, weight, bias, target, images = (x.detach() for x in scale_inputs(case))
+        stream = torch.cuda.Stream()
+        late = torch.randn_like(features)
+        expected = scale(late, weight, bias, target, images)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(10_000_000)
+            features.copy_(late)
+            found = scale(features, weight, bias, target, images)
+        stream.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+    @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+    def test_launches(self, layout):
+        case = small("cuda", layout=layout)
+        features, weight, bias = (x.detach() for x in classifier_inputs(case))
+        mask, target, boxes = mask_of(case), labels_of(case), boxes_of(case)
+        activations = activations_of(case)
+
+        def launches(function):
+            function()
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                function()
+                torch.cuda.synchronize()
+            events = profile.events()
+            return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in events)
+
+        for backend in ("triton", "cuda"):
+            pooled, index = OPS.masked_max_pool_fwd(features, mask, backend)
+            assert launches(lambda: OPS.masked_max_pool_fwd(features, mask, backend)) == 1  # noqa: B023
+            last = layout == "channels_last"
+            backward = (pooled, mask, index, last, backend)
+            assert launches(lambda: OPS.masked_max_pool_bwd(*backward)) == 1  # noqa: B023
+        maps = activations.view(-1, 30)
+        assert launches(lambda: OPS.otsu_mask_fwd(maps, 256, "cuda")) == 1
+        keep = True, "triton"
+        assert launches(lambda: OPS.local_activations_fwd(features, weight, bias, *keep)) == 1
+        assert launches(lambda: attention_boxes(mask)) == 1
+        zoomed = OPS.crop_and_zoom_fwd(features, boxes, 8, 9, "triton")
+        assert launches(lambda: OPS.crop_and_zoom_fwd(features, boxes, 8, 9, "triton")) == 1
+        assert launches(lambda: OPS.crop_and_zoom_bwd(zoomed, boxes, 5, 6, "triton")) == 1
+        # The tiles of the loss, and their sum.
+        assert launches(lambda: local_level_loss(activations, mask, target)) == 2
+        grad = torch.ones((), device="cuda")
+        losses = activations, mask, target, grad, "triton"
+        assert launches(lambda: OPS.local_level_loss_bwd(*losses)) == 1
+
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+    def test_second_device(self):
+        def results(device):
+            return scale_results(scale_inputs(small(device, maps="ties")))
+
+        for found, plain in zip(results("cuda:1"), results("cpu"), strict=True):
+            assert found.device.index == 1
+            torch.testing.assert_close(found.cpu(), plain, rtol=1e-4, atol=1e-5)
