@@ -14,7 +14,6 @@ from camkernels import focus_area
 from camkernels.ops.focus_area import BACKENDS
 from camkernels.reference import focus_area as reference_focus_area
 
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 TINY = {"id": "tiny", "N": 2, "C": 8, "HW": [2, 2]}
 
 
@@ -23,7 +22,7 @@ def make(
 ) -> harness.Inputs:
     shape = row["N"], row["C"], *row["HW"]
     features = torch.randn(shape, generator=generator, device=generator.device)
-    features = features.relu_().to(dtype=dtype, memory_format=LAYOUTS[variant])
+    features = features.relu_().to(dtype=dtype, memory_format=maps.LAYOUTS[variant])
     return harness.Inputs(args=(features,), options={}, differentiable=(), grads=())
 
 
@@ -58,7 +57,7 @@ def check(
 
 OP = harness.Op(
     name="focus_area",
-    variants=lambda row: tuple(LAYOUTS),
+    variants=lambda row: tuple(maps.LAYOUTS),
     tiny=lambda variant: TINY,
     reference=reference_focus_area,
     eager=eager,

@@ -13,7 +13,7 @@ import schema
 import torch
 
 RESULTS = pytest.StashKey[dict[str, list[schema.Row]]]()
-PROVIDERS = ("eager", "compile", "compile-max-autotune", "camkernels", "gathered", "released")
+PROVIDERS = ("eager", "compile", "compile-max-autotune", "camkernels", "gathered", "released", "skimage")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

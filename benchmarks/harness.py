@@ -229,7 +229,8 @@ def run_case(benchmark: BenchmarkFixture, case: Case, direction: str) -> list[Ro
             last = measure.clock(device) - start
             del result
         spent.append(last)
-        host.append(measure.host_seconds(partial(call, case.sets[0]), device, calls=3))
+        if device.type == "cuda":
+            host.append(measure.host_seconds(partial(call, case.sets[0]), device, calls=3))
     rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, math.ceil(session.seconds / sum(spent))))
     # On a GPU, work ahead of each timed call, so that the device never waits for the host in between: the
     # host's time is a column of its own.

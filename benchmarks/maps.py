@@ -1,4 +1,4 @@
-"""Features whose class activation maps leave no decision to rounding."""
+"""What the benchmarks draw their inputs from: maps that leave no decision to rounding, layouts, regions."""
 
 import torch
 from torch import Tensor
@@ -7,6 +7,7 @@ from camkernels.reference import cam
 
 # Half-width of the band around a threshold, in units of the map, in which float32 may decide either way.
 BAND = 64 * torch.finfo(torch.float32).eps
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 def set_extrema_apart(features: Tensor, weight: Tensor, target: Tensor) -> None:
@@ -31,3 +32,15 @@ def keep_off_threshold(features: Tensor, weight: Tensor, target: Tensor, thresho
     heat = cam(features.float(), weight, target)  # [N, H, W]
     image, row, column = torch.nonzero((heat - threshold).abs() < 2 * BAND, as_tuple=True)
     features[image, :, row, column] *= 0.95
+
+
+def regions(images: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+    """Masks of a rectangle half as high and as wide as the map, anywhere inside, ``[N, H, W]``."""
+
+    def inside(size: int) -> Tensor:
+        half = (size + 1) // 2
+        start = torch.randint(size - half + 1, (images, 1), generator=generator, device=generator.device)
+        place = torch.arange(size, device=generator.device)
+        return (place >= start) & (place < start + half)  # [N, size]
+
+    return inside(height)[:, :, None] & inside(width)[:, None]

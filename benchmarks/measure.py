@@ -17,6 +17,7 @@ import torch
 
 Call = Callable[[], Any]
 
+MOST_SETS = 1000  # of inputs
 DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of the profiler's trace
 
 
@@ -48,8 +49,11 @@ def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def input_sets(set_bytes: int, cache_bytes: int) -> int:
-    """How many sets of inputs to rotate so that a set has left the cache when its turn comes again."""
-    return 2 + 2 * cache_bytes // max(set_bytes, 1)
+    """How many sets of inputs to rotate so that a set has left the cache when its turn comes again.
+
+    No more than ``MOST_SETS``: where inputs are that small, reading them is no part of the time.
+    """
+    return min(2 + 2 * cache_bytes // max(set_bytes, 1), MOST_SETS)
 
 
 def images_that_fit(images: int, bytes_per_image: int, memory: int) -> int:

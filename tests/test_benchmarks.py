@@ -13,11 +13,17 @@ import torch
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import bench_attention_boxes  # noqa: E402
 import bench_cam_erase  # noqa: E402
 import bench_cam_seeds  # noqa: E402
 import bench_cam_transform_mse  # noqa: E402
+import bench_crop_and_zoom  # noqa: E402
 import bench_focus_area  # noqa: E402
+import bench_local_activations  # noqa: E402
+import bench_local_level_loss  # noqa: E402
+import bench_masked_max_pool  # noqa: E402
 import bench_negative_cam_loss  # noqa: E402
+import bench_otsu_mask  # noqa: E402
 import harness  # noqa: E402
 import maps  # noqa: E402
 import measure  # noqa: E402
@@ -42,9 +48,37 @@ NEGATIVES = [
     {"id": "all", "N": 3, "C": 4, "HW": [5, 6], "L": 7, "k": 7},
     {"id": "two positives", "N": 3, "C": 4, "HW": [5, 6], "L": 7, "k": 2, "positives": 2},
 ]
+LOCAL = {"id": "smoke toy", "N": 3, "C": 4, "HW": [5, 6], "L": 7, "n": 3}
+OTSU = {"id": "toy", "N": 3, "HW": [5, 6], "bins": 16}
+ZOOM = {"id": "toy", "N": 3, "D": 2, "image": [8, 10], "size": [7, 9]}
 NEGATIVE_VARIANTS = [(row, variant) for row in NEGATIVES for variant in bench_negative_cam_loss.variants(row)]
 SEED_VARIANTS = [(row, variant) for row in SEEDS for variant in bench_cam_seeds.VARIANTS]
 PAIR_VARIANTS = [(row, variant) for row in PAIRS for variant in bench_cam_transform_mse.variants(row)]
+ATTENTION = [  # from classifier activations
+    (bench, row, variant)
+    for bench, row in (
+        (bench_attention_boxes, LOCAL),
+        (bench_crop_and_zoom, ZOOM),
+        (bench_local_activations, LOCAL),
+        (bench_local_level_loss, LOCAL),
+        (bench_masked_max_pool, LOCAL),
+        (bench_otsu_mask, OTSU),
+    )
+    for variant in bench.OP.variants(row)
+]
+BENCHES = (
+    bench_attention_boxes,
+    bench_cam_erase,
+    bench_cam_seeds,
+    bench_cam_transform_mse,
+    bench_crop_and_zoom,
+    bench_focus_area,
+    bench_local_activations,
+    bench_local_level_loss,
+    bench_masked_max_pool,
+    bench_negative_cam_loss,
+    bench_otsu_mask,
+)
 
 
 def test_floor_is_the_longer_of_bytes_and_flops():
@@ -64,6 +98,7 @@ def test_input_sets_exceed_the_cache():
         sets = measure.input_sets(set_bytes, cache_bytes=35)
         assert sets >= 2
         assert (sets - 1) * set_bytes > 35
+    assert measure.input_sets(1, cache_bytes=10**9) == measure.MOST_SETS
 
 
 def test_images_that_fit():
@@ -170,12 +205,58 @@ def test_kept_bytes_are_what_the_negatives_keep(row, variant):
     assert bench_negative_cam_loss.kept_bytes(row) == measure.tensor_bytes([chosen, counts, kept])
 
 
-@pytest.mark.parametrize("variant", bench_focus_area.LAYOUTS)
+@pytest.mark.parametrize("variant", maps.LAYOUTS)
 def test_cost_of_focus_area_counts_its_tensors(variant):
     inputs = bench_focus_area.make(ROW, variant, torch.float32, torch.Generator().manual_seed(0))
     moved = measure.tensor_bytes([*inputs.args, *bench_focus_area.eager(*inputs.args)])
-    assert inputs.args[0].is_contiguous(memory_format=bench_focus_area.LAYOUTS[variant])
+    assert inputs.args[0].is_contiguous(memory_format=maps.LAYOUTS[variant])
     assert bench_focus_area.cost(ROW, variant, torch.float32, "forward") == measure.Cost(moved, 3 * 4 * 30)
+
+
+@pytest.mark.parametrize("bench, row, variant", ATTENTION)
+def test_cost_of_attention_counts_its_tensors(bench, row, variant):
+    inputs = bench.make(row, variant, torch.float32, torch.Generator().manual_seed(0))
+    outputs = bench.OP.eager(*inputs.args, **inputs.options)
+    outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+    read, written = measure.tensor_bytes(inputs.args), measure.tensor_bytes(outputs)
+    if bench is bench_crop_and_zoom:  # of the images, what lies in boxes half as wide and as high
+        read -= measure.tensor_bytes(inputs.args[:1]) * 3 // 4
+    assert bench.cost(row, variant, torch.float32, "forward").bytes == read + written
+    if "forward+backward" in bench.OP.directions:
+        read = measure.tensor_bytes(inputs.grads)
+        if bench is bench_crop_and_zoom:
+            read += measure.tensor_bytes(inputs.args[1:])  # the boxes
+        elif bench is bench_local_activations:
+            features, weight, _ = inputs.args
+            read += measure.tensor_bytes([features, weight]) + bench.kept_bytes(row)
+        elif bench is bench_local_level_loss:
+            read += measure.tensor_bytes(inputs.args)
+        else:
+            read += measure.tensor_bytes(inputs.args[1:]) + bench.kept_bytes(row)
+        written = measure.tensor_bytes([inputs.args[index] for index in inputs.differentiable])
+        assert bench.cost(row, variant, torch.float32, "backward").bytes == read + written
+
+
+def test_operations_of_local_activations():
+    product = 2 * (3 * 5 * 6) * (7 + 1) * 4  # of one classifier of the three
+    cost = bench_local_activations.cost
+    assert cost(LOCAL, "contiguous", torch.float32, "forward").flops == 3 * product
+    assert cost(LOCAL, "contiguous", torch.float32, "backward").flops == 2 * product
+
+
+def test_kept_bytes_of_attention_are_what_the_ops_make():
+    def meta(bench):
+        inputs = bench.make(LOCAL, "contiguous", torch.float32, torch.Generator().manual_seed(0))
+        return [tensor.to("meta") for tensor in inputs.args]
+
+    ops = torch.ops.camkernels
+    *_, winner, attention_class = ops.local_activations_fwd(*meta(bench_local_activations), True, "auto")
+    kept = measure.tensor_bytes([winner, attention_class])
+    assert bench_local_activations.kept_bytes(LOCAL) == kept
+    losses = ops.local_level_loss_fwd(*meta(bench_local_level_loss), "auto")
+    assert bench_local_level_loss.kept_bytes(LOCAL) == measure.tensor_bytes([losses])
+    _, index = ops.masked_max_pool_fwd(*meta(bench_masked_max_pool), "auto")
+    assert bench_masked_max_pool.kept_bytes(LOCAL) == measure.tensor_bytes([index])
 
 
 @pytest.mark.parametrize("row, variant", PAIR_VARIANTS)
@@ -231,6 +312,32 @@ def test_forms_of_negative_cam_loss_are_its_definition(row, variant, form):
         torch.testing.assert_close(ours, true, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("bench, row, variant", ATTENTION)
+def test_forms_of_attention_are_their_definition(bench, row, variant):
+    inputs = bench.make(row, variant, torch.float32, torch.Generator().manual_seed(0)).double()
+    direction = bench.OP.directions[-1]
+    truth = harness.Provider("reference", bench.OP.reference)(inputs, direction)
+    for name, form in {"eager": bench.OP.eager, **bench.OP.others(row, variant)}.items():
+        for found, true in zip(harness.Provider(name, form)(inputs, direction), truth, strict=True):
+            torch.testing.assert_close(found, true)  # boxes are float32 whatever comes
+
+
+def test_no_gradient_where_rounding_picks_the_winner():
+    draw = torch.Generator().manual_seed(0)
+    features, weight = torch.rand(2, 4, 5, 6, generator=draw), torch.rand(3, 5, 4, generator=draw)
+    bias = torch.zeros(3, 5)
+    assert all(where.float().mean() > 0.9 for where in bench_local_activations.clear(features, weight, bias))
+    two_classes, two_classifiers = weight.clone(), weight.clone()
+    two_classes[0, 1:3] = 2  # above all others
+    activations, attention = bench_local_activations.clear(features, two_classes, bias)
+    assert activations[:, 1:3].all()
+    assert not attention.any()
+    two_classifiers[:2, 1] = 2
+    activations, attention = bench_local_activations.clear(features, two_classifiers, bias)
+    assert not activations[:, 1].any()
+    assert not attention.any()
+
+
 def offered(bench, name):
     rows = harness.workload_rows(bench.OP.name, "all")
     pairs = ((row, variant) for row in rows for variant in bench.OP.variants(row))
@@ -283,7 +390,8 @@ def test_no_pixel_is_left_about_the_threshold(dtype):
     + [(bench_cam_seeds, *each) for each in SEED_VARIANTS]
     + [(bench_cam_transform_mse, *each) for each in PAIR_VARIANTS]
     + [(bench_negative_cam_loss, *each) for each in NEGATIVE_VARIANTS]
-    + [(bench_focus_area, ROW, layout) for layout in bench_focus_area.LAYOUTS],
+    + [(bench_focus_area, ROW, layout) for layout in maps.LAYOUTS]
+    + ATTENTION,
 )
 def test_a_wrong_result_is_refused(bench, row, variant):
     inputs = bench.make(row, variant, torch.float32, torch.Generator().manual_seed(0))
@@ -301,8 +409,8 @@ def test_a_wrong_result_is_refused(bench, row, variant):
 
 
 def test_a_tiny_run_gives_rows_that_the_report_reads(tmp_path):
-    providers = "eager,camkernels,gathered,released"
-    left_out = ("smoke-multi-label", "smoke-all")
+    providers = "eager,camkernels,gathered,released,skimage"
+    left_out = ("smoke-multi-label", "smoke-all", "smoke-single", "smoke-many")
     command = [sys.executable, "-m", "pytest", "-q", str(BENCHMARKS), "--rows", "smoke", "--max-images", "2"]
     command += ["--seconds", "0", "--providers", providers, "--results", str(tmp_path / "results")]
     command += ["-k", " and ".join(f"not {row}" for row in left_out)]
@@ -313,17 +421,10 @@ def test_a_tiny_run_gives_rows_that_the_report_reads(tmp_path):
     subprocess.run(command, check=True, cwd=BENCHMARKS.parent, env=alone)
     (path,) = (tmp_path / "results").glob("*.json")
     runs = json.loads(path.read_text())["runs"]
-    benches = (
-        bench_cam_erase,
-        bench_cam_seeds,
-        bench_cam_transform_mse,
-        bench_focus_area,
-        bench_negative_cam_loss,
-    )
-    assert runs.keys() == {bench.OP.name for bench in benches}
+    assert runs.keys() == {bench.OP.name for bench in BENCHES}
     page = write_report(tmp_path)
     fields = {field.name for field in dataclasses.fields(schema.Row)}
-    for bench in benches:
+    for bench in BENCHES:
         op = bench.OP
         wanted = {row["id"]: row for row in harness.workload_rows(op.name, "smoke")}
         wanted = {id: row for id, row in wanted.items() if id not in left_out}
@@ -414,6 +515,7 @@ def test_memory_allows_for_what_backward_may_keep():
         ("fused_cam_transform_mse", "forward+backward", "wider-scale", 2.5),
         ("fused_cam_seeds", "forward", "smoke", 2.0),
         ("fused_negative_cam_loss", "forward+backward", "imagenet-r101", 3.0),
+        ("otsu_mask", "forward", "many-maps", 5.0),
     ],
 )
 def test_speed_up_wanted_on_the_cpu(op, direction, row, wanted):
@@ -440,9 +542,41 @@ def test_three_times_is_wanted_where_a_fifth_of_the_classes_is_chosen():
 
 
 def test_every_row_with_a_wanted_speed_up_is_a_workload():
-    for (op, direction), wanted in report.SPEED_UP.items():
-        assert direction in harness.DIRECTIONS
+    targets = [(op, wanted) for (op, *_), wanted in [*report.SPEED_UP.items(), *report.SPEED_UP_OVER.items()]]
+    for op, wanted in [*targets, *report.LESS_MEMORY.items()]:
         assert set(wanted) <= {row["id"] for row in harness.workload_rows(op, "all")}
+    for _, direction, *_ in [*report.SPEED_UP, *report.SPEED_UP_OVER]:
+        assert direction in harness.DIRECTIONS
+
+
+def test_half_as_many_times_less_memory_is_wanted_as_there_are_classifiers():
+    rows = harness.workload_rows("fused_local_activations", "all")
+    wanted = report.LESS_MEMORY["fused_local_activations"]
+    assert wanted == {row["id"]: row["n"] / 2 for row in rows if row["n"] == 16}
+
+    def met(eager: int, ours: int) -> bool:
+        common = {"id": "cub-448", "result_bytes": 100}
+        rows = [synthetic_row("eager", **common, peak_extra_bytes=100 + eager)]
+        rows += [synthetic_row("camkernels", **common, peak_extra_bytes=100 + ours)]
+        verdicts = report.judge(report.measurements("fused_local_activations", "cpu", rows))
+        return {verdict.target: verdict.met for verdict in verdicts}["less memory"]
+
+    assert met(80, 10)
+    assert not met(79, 10)
+
+
+def test_twenty_times_a_loop_over_scikit_image_is_wanted():
+    def judged(seconds: float, device: str = "cpu", row: str = "many-maps") -> list[bool]:
+        rows = [
+            synthetic_row("skimage", id=row, seconds=seconds),
+            synthetic_row("camkernels", id=row, seconds=1),
+        ]
+        beside = report.measurements_beside("skimage", "otsu_mask", device, rows)
+        return [verdict.met for verdict in report.judge_beside("skimage", beside)]
+
+    assert judged(20) == [True]
+    assert judged(19) == [False]
+    assert judged(19, device="cuda") == judged(19, row="smoke") == []
 
 
 @pytest.mark.parametrize("other", report.OTHERS)
@@ -457,10 +591,13 @@ def test_other_forms_are_no_rivals(other):
 
 
 def test_every_provider_beside_the_rivals_has_a_table():
-    for bench in (bench_cam_seeds, bench_cam_transform_mse, bench_negative_cam_loss):
+    for bench in BENCHES:
         rows = harness.workload_rows(bench.OP.name, "all")
         names = {
-            name for row in rows for variant in bench.OP.variants(row) for name in bench.others(row, variant)
+            name
+            for row in rows
+            for variant in bench.OP.variants(row)
+            for name in bench.OP.others(row, variant)
         }
         assert names <= report.OTHERS.keys()
 
