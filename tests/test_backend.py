@@ -1,5 +1,6 @@
 """Choosing a backend, being told why not, and the doctor."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -12,13 +13,28 @@ import camkernels
 from camkernels import (
     _backend,
     _library,
+    attention_boxes,
+    crop_and_zoom,
     focus_area,
     fused_cam,
+    fused_local_activations,
     fused_negative_cam_loss,
+    local_level_loss,
+    masked_max_pool,
+    otsu_mask,
     use_backend,
 )
-from camkernels.ops import focus_area as focus_area_op
-from camkernels.ops import negative_cam_loss as negative_cam_loss_op
+
+IMAGES, MASK, CLASS = torch.ones(1, 2, 3, 3), torch.ones(1, 3, 3).bool(), torch.zeros(1, dtype=torch.int64)
+# Functions without CUDA C++ kernels, by the modules of their ops.
+WITHOUT_CUDA = {
+    "focus_area": lambda: focus_area(IMAGES),
+    "negative_cam_loss": lambda: fused_negative_cam_loss(IMAGES, torch.ones(4, 2), CLASS),
+    "local_activations": lambda: fused_local_activations(IMAGES, torch.ones(1, 3, 2)),
+    "local_level_loss": lambda: local_level_loss(IMAGES, MASK, CLASS),
+    "attention_boxes": lambda: attention_boxes(MASK),
+    "crop_and_zoom": lambda: crop_and_zoom(IMAGES, torch.tensor([[0.0, 0.0, 1.0, 1.0]]), 2),
+}
 
 
 def python(code, **environment):
@@ -79,9 +95,10 @@ def test_auto_falls_back_to_the_reference_elsewhere():
     assert _backend.resolve("fused_cam", "auto", "cuda", torch.float64) == "reference"
 
 
-@pytest.mark.parametrize("backends", [negative_cam_loss_op.BACKENDS, focus_area_op.BACKENDS])
-def test_auto_passes_over_a_backend_without_kernels_for_the_function(monkeypatch, backends):
+@pytest.mark.parametrize("op", WITHOUT_CUDA)
+def test_auto_passes_over_a_backend_without_kernels_for_the_function(monkeypatch, op):
     """As on a machine where every backend serves, and where Triton does not."""
+    backends = importlib.import_module(f"camkernels.ops.{op}").BACKENDS
     monkeypatch.setattr(_backend, "why_not", lambda *question: None)
     assert _backend.resolve("function", "auto", "cuda", torch.float32) == "cuda"
     assert _backend.resolve("function", "auto", "cuda", torch.float32, backends) == "triton"
@@ -93,17 +110,35 @@ def test_auto_passes_over_a_backend_without_kernels_for_the_function(monkeypatch
 
 
 @pytest.mark.parametrize("everything_serves", [False, True])
-@pytest.mark.parametrize("function", ["fused_negative_cam_loss", "focus_area"])
-def test_a_backend_without_kernels_for_the_function_says_so(monkeypatch, function, everything_serves):
+@pytest.mark.parametrize("op", WITHOUT_CUDA)
+def test_a_backend_without_kernels_for_the_function_says_so(monkeypatch, op, everything_serves):
     monkeypatch.setattr(_backend, "_setting", "cuda")
     if everything_serves:
         monkeypatch.setattr(_backend, "why_not", lambda *question: None)
-    features, weight, target = torch.ones(1, 2, 3, 3), torch.ones(4, 2), torch.zeros(1, dtype=torch.int64)
+    function = f"fused_{op}" if op in ("negative_cam_loss", "local_activations") else op
     message = f"^{function}: backend 'cuda' has no kernels for it; use one of auto, reference, cpu, triton$"
     with pytest.raises(RuntimeError, match=message):
-        focus_area(features) if function == "focus_area" else fused_negative_cam_loss(
-            features, weight, target
+        WITHOUT_CUDA[op]()
+
+
+@pytest.mark.parametrize(
+    "call", [lambda: otsu_mask(IMAGES), lambda: masked_max_pool(IMAGES, MASK)], ids=["otsu_mask", "pool"]
+)
+def test_auto_prefers_cuda_kernels_for_masks_and_pooling(monkeypatch, call):
+    """Where every backend serves."""
+    asked = []
+    monkeypatch.setattr(_backend, "why_not", lambda *question: None)
+    resolve = _backend.resolve
+    monkeypatch.setattr(
+        _backend,
+        "resolve",
+        lambda name, requested, device, dtype, *rest: asked.append(
+            resolve(name, requested, "cuda", dtype, *rest)
         )
+        or "reference",
+    )
+    call()
+    assert asked == ["cuda"]
 
 
 def test_the_ops_of_such_a_function_say_so_themselves():
