@@ -4,6 +4,8 @@
 #include "../../csrc/cuda/cam_seeds.cuh"
 #include "../../csrc/cuda/cam_transform_mse.cuh"
 #include "../../csrc/cuda/cam_transform_mse_bwd.cuh"
+#include "../../csrc/cuda/masked_max_pool.cuh"
+#include "../../csrc/cuda/otsu_mask.cuh"
 #include "../../csrc/cuda/stochastic_consistency.cuh"
 #include "mistakes.h"
 
@@ -89,7 +91,10 @@ int64_t emulator_sizes(int64_t* sizes) {
   sizes[7] = sizeof(CamSeedsBwd);
   sizes[8] = sizeof(StochasticConsistencyFwd);
   sizes[9] = sizeof(StochasticConsistencyBwd);
-  return 10;
+  sizes[10] = sizeof(OtsuMaskFwd);
+  sizes[11] = sizeof(MaskedMaxPoolFwd);
+  sizes[12] = sizeof(MaskedMaxPoolBwd);
+  return 13;
 }
 
 int64_t emulate_cam_fwd(const Setting* setting, const CamFwd* call) {
@@ -160,6 +165,18 @@ int64_t emulate_stochastic_consistency_fwd(const Setting* setting, const Stochas
 int64_t emulate_stochastic_consistency_bwd(const Setting* setting, const StochasticConsistencyBwd* call) {
   return guarded(setting,
                  [&](EmulatorLauncher& launcher) { launch_stochastic_consistency_bwd(launcher, *call); });
+}
+
+int64_t emulate_otsu_mask_fwd(const Setting* setting, const OtsuMaskFwd* call) {
+  return guarded(setting, [&](EmulatorLauncher& launcher) { launch_otsu_mask_fwd(launcher, *call); });
+}
+
+int64_t emulate_masked_max_pool_fwd(const Setting* setting, const MaskedMaxPoolFwd* call) {
+  return guarded(setting, [&](EmulatorLauncher& launcher) { launch_masked_max_pool_fwd(launcher, *call); });
+}
+
+int64_t emulate_masked_max_pool_bwd(const Setting* setting, const MaskedMaxPoolBwd* call) {
+  return guarded(setting, [&](EmulatorLauncher& launcher) { launch_masked_max_pool_bwd(launcher, *call); });
 }
 
 // from, to: [blocks * threads]

@@ -295,6 +295,45 @@ _StochasticConsistencyFwd = _struct("StochasticConsistencyFwd", groups=_VectorGr
 _StochasticConsistencyBwd = _struct(
     "StochasticConsistencyBwd", groups=_VectorGroups, scale=_Pointer, grad_vectors=_Pointer
 )
+_OtsuMaskFwd = _struct(
+    "OtsuMaskFwd",
+    maps=_Pointer,
+    mask=_Pointer,
+    threshold=_Pointer,
+    count=_I64,
+    pixels=_I64,
+    bins=_I32,
+    dtype=_I32,
+)
+_MaskedMaxPoolFwd = _struct(
+    "MaskedMaxPoolFwd",
+    features=_Pointer,
+    mask=_Pointer,
+    pooled=_Pointer,
+    index=_Pointer,
+    images=_I64,
+    channels=_I32,
+    height=_I32,
+    width=_I32,
+    dtype=_I32,
+    channels_last=_Bool,
+    vectors=_Bool,
+    lanes=_I32,
+)
+_MaskedMaxPoolBwd = _struct(
+    "MaskedMaxPoolBwd",
+    grad=_Pointer,
+    mask=_Pointer,
+    index=_Pointer,
+    grad_features=_Pointer,
+    images=_I64,
+    channels=_I32,
+    height=_I32,
+    width=_I32,
+    dtype=_I32,
+    channels_last=_Bool,
+    vectors=_Bool,
+)
 # By op, in the order of the driver's emulator_sizes.
 _CALLS = {
     "cam_fwd": _CamFwd,
@@ -307,6 +346,9 @@ _CALLS = {
     "cam_seeds_bwd": _CamSeedsBwd,
     "stochastic_consistency_fwd": _StochasticConsistencyFwd,
     "stochastic_consistency_bwd": _StochasticConsistencyBwd,
+    "otsu_mask_fwd": _OtsuMaskFwd,
+    "masked_max_pool_fwd": _MaskedMaxPoolFwd,
+    "masked_max_pool_bwd": _MaskedMaxPoolBwd,
 }
 
 
@@ -379,7 +421,10 @@ class Emulator:
     def _call(self, name: str, call: ctypes.Structure, outputs: list[Tensor], *rest: Any) -> None:
         for output in outputs:
             # What a kernel forgets to write must show.
-            output.fill_(torch.nan if output.is_floating_point() else torch.iinfo(output.dtype).min)
+            if output.dtype == torch.bool:
+                output.view(torch.uint8).fill_(0xAA)  # equal to neither of the values it may have
+            else:
+                output.fill_(torch.nan if output.is_floating_point() else torch.iinfo(output.dtype).min)
         setting = self._setting()
         launched = getattr(self.library, f"emulate_{name}")(ctypes.byref(setting), ctypes.byref(call), *rest)
         if launched < 0:
@@ -722,6 +767,52 @@ class Emulator:
             grad_vectors=_pointer(grad_vectors),
         )
         self._call("stochastic_consistency_bwd", call, [grad_vectors])
+
+    def otsu_mask_fwd(self, maps: Tensor, bins: int, mask: Tensor, threshold: Tensor) -> None:
+        call = _OtsuMaskFwd(
+            maps=_pointer(maps),
+            mask=_pointer(mask),
+            threshold=_pointer(threshold),
+            count=maps.shape[0],
+            pixels=maps.shape[1],
+            bins=bins,
+            dtype=_DTYPES.index(maps.dtype),
+        )
+        self._call("otsu_mask_fwd", call, [mask, threshold])
+
+    def masked_max_pool_fwd(self, features: Tensor, mask: Tensor, pooled: Tensor, index: Tensor) -> None:
+        images, channels, height, width = features.shape
+        call = _MaskedMaxPoolFwd(
+            features=_pointer(features),
+            mask=_pointer(mask),
+            pooled=_pointer(pooled),
+            index=_pointer(index),
+            images=images,
+            channels=channels,
+            height=height,
+            width=width,
+            dtype=_DTYPES.index(features.dtype),
+            channels_last=_channels_last(features),
+        )
+        self._call("masked_max_pool_fwd", call, [pooled, index])
+
+    def masked_max_pool_bwd(
+        self, grad: Tensor, mask: Tensor, index: Tensor, channels_last: bool, grad_features: Tensor
+    ) -> None:
+        images, channels, height, width = grad_features.shape
+        call = _MaskedMaxPoolBwd(
+            grad=_pointer(grad),
+            mask=_pointer(mask),
+            index=_pointer(index),
+            grad_features=_pointer(grad_features),
+            images=images,
+            channels=channels,
+            height=height,
+            width=width,
+            dtype=_DTYPES.index(grad.dtype),
+            channels_last=_channels_last(grad_features),
+        )
+        self._call("masked_max_pool_bwd", call, [grad_features])
 
     def _try(self, name: str, *arguments: Any) -> str:
         """Runs one of the emulator's own kernels; the error's text, empty if there was none."""
