@@ -28,6 +28,8 @@ STREAMING = (
     (r"cam_seeds_bwd_kernel<\w+>", 64),
     (r"stochastic_consistency_fwd_kernel<\w+>", 64),
     (r"stochastic_consistency_bwd_(squared|plain)_kernel<\w+>", 64),
+    (r"otsu_mask_fwd_kernel<\w+>", 64),
+    (r"masked_max_pool_(fwd|bwd)_kernel<\w+, (true|false)>", 64),
     (r"cam_transform_mse_fwd_kernel<\w+, true>", 64),
     (r"cam_transform_mse_fwd_kernel<\w+, false>", 80),
     (r"cam_transform_features_kernel<\w+>", 64),

@@ -588,10 +588,10 @@ def sanitized(tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize("name", ["test_cuda_emulator.py", "test_cuda_emulator_seeds.py"])
-def test_under_sanitizers(sanitized, name):
+@pytest.mark.parametrize("part", ["", "_seeds", "_masks"])
+def test_under_sanitizers(sanitized, part):
     """Memory errors and undefined behaviour in the kernels themselves, on a part of the cases."""
-    file = str(Path(__file__).with_name(name))
+    file = str(Path(__file__).with_name(f"test_cuda_emulator{part}.py"))
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file]
     result = subprocess.run(command, env=sanitized, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]

@@ -51,6 +51,13 @@ def seeds_of_a_large_map(layout: torch.memory_format) -> None:
         (seeds.vectors.square().sum() + seeds.cam.square().sum()).backward()
 
 
+def masks_and_pools(features: torch.Tensor) -> None:
+    maps = features.detach()[:, 0]
+    for bins in (2, 256, 4096):
+        mask, _ = camkernels.otsu_mask(maps, bins=bins)
+        camkernels.masked_max_pool(features, mask).float().square().sum().backward()
+
+
 def main() -> None:
     draw = torch.Generator("cuda").manual_seed(0)
     layouts = (torch.contiguous_format, torch.channels_last)
@@ -74,6 +81,7 @@ def main() -> None:
             transform_losses(features, weight)
             transform_losses(features, weight.repeat(14, 1))
             seeds_and_their_consistency(features, weight, target)
+            masks_and_pools(features)
             for classes in (target, target[:, None].expand(2, 3).contiguous(), None):
                 camkernels.fused_cam(features, weight, classes).float().square().sum().backward()
         for layout in layouts:

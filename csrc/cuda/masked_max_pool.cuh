@@ -196,8 +196,8 @@ __device__ void unpool_pixels(const MaskedMaxPoolBwd& call) {
   const int pixels = call.pixels();
   const int tiles = channel_tiles<kVec>(call.channels);
   const int pixel_tiles = (pixels + kTilePixels - 1) / kTilePixels;
-  const int channel =
-      static_cast<int>(blockIdx.x % tiles) * kTile + static_cast<int>(threadIdx.x % kPoolColumns<kVec>) * kVec;
+  const int channel = static_cast<int>(blockIdx.x % tiles) * kTile +
+                      static_cast<int>(threadIdx.x % kPoolColumns<kVec>) * kVec;
   const int first = static_cast<int>(blockIdx.x / tiles % pixel_tiles) * kTilePixels;
   const int64_t image = blockIdx.x / tiles / pixel_tiles;
   if (channel >= call.channels) return;

@@ -13,8 +13,8 @@ struct Peak {
   int at;
 };
 
-// Of a thread whose places start at `first`, if there are so many. It names a place of its own, as one that
-// holds -inf would replace nothing.
+// Of a thread whose places start at `first`, before it has seen any. It names that place already, if there is
+// one: a value of -inf would not replace it.
 __device__ __forceinline__ Peak no_peak(int first, int places) {
   return {-INFINITY, first < places ? first : std::numeric_limits<int>::max()};
 }
