@@ -67,7 +67,8 @@ format: $(VENV)/.packages
 	$(VENV)/bin/clang-format -i $(CPP)
 
 gpu:
-	PYTHON=$(PYTHON) tools/gpu.sh $(RESULTS)
+	PYTHON=$(PYTHON) tools/gpu.sh $(RESULTS)/checks
+	PYTHON=$(PYTHON) tools/gpu.sh $(RESULTS) compile
 
 clean:
 	rm -rf build $(VENV) demo demo-vac demo-i2c demo-hnc camkernels/*.so *.egg-info

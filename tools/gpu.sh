@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
 # On a machine with an NVIDIA GPU and its own torch, without network: build against that torch, run the
-# suite on the device, compute-sanitizer on a small case of each kernel, then the benchmark tables.
+# suite on the device, compute-sanitizer on a small case of each kernel, then the benchmarks. With "compile",
+# which is a run of its own, build and take the benchmark tables in which torch.compile has its rows.
 # Everything is written to the folder given, each step's part when the step ends; the exit status tells
-# whether all of it passed.
+# whether all of it passed. Either run ends within nine minutes.
 set -uo pipefail
-: "${1:?usage: tools/gpu.sh RESULTS}"
+usage="usage: tools/gpu.sh RESULTS [compile]"
+: "${1:?$usage}"
+[[ ${2:-} == "" || $2 == compile ]] || { echo "$usage" >&2 && exit 2; }
 results=$(mkdir -p "$1" && cd "$1" && pwd) || exit 1
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -23,7 +26,7 @@ step() {  # name, second by which it has ended, command...
     timeout -s INT -k $grace $limit "$@" >"$results/$name.log" 2>&1
     status=$?
   fi
-  printf '%-18s %4d s  exit %d  %s\n' "$name" $((SECONDS - start)) $status "$(tail -n 1 "$results/$name.log")" |
+  printf '%-26s %4d s  exit %d  %s\n' "$name" $((SECONDS - start)) $status "$(tail -n 1 "$results/$name.log")" |
     tee -a "$results/steps.txt"
 }
 
@@ -34,33 +37,34 @@ step build 120 "$python" setup.py build_ext --inplace
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 step doctor 135 "$python" -m camkernels doctor
 
-# Without the files and the backend that need no device: they run wherever the suite does.
-host_only=(attention_consistency backend bad_input benchmarks cpu_products "cuda_*" distributed examples
-  gpu_script metrics pairwise_consistency properties readme triton_aot weighted_bce)
-ignored=("${host_only[@]/#/--ignore-glob=tests/test_}")
-workers=$(($(nproc) < 12 ? $(nproc) : 12))
-step tests 285 "$python" -m pytest tests -q -n "$workers" --dist loadgroup -k "not cpu" "${ignored[@]/%/.py}"
+rows=(--rows all --device cuda)
+if [[ ${2:-} == "" ]]; then
+  # Without the files and the backend that need no device: they run wherever the suite does.
+  host_only=(attention_consistency backend "bad_input*" benchmarks cpu_products "cuda_*" distributed examples
+    gpu_script metrics pairwise_consistency properties readme triton_aot weighted_bce)
+  ignored=("${host_only[@]/#/--ignore-glob=tests/test_}")
+  workers=$(($(nproc) < 12 ? $(nproc) : 12))
+  step tests 320 "$python" -m pytest tests -q -n "$workers" --dist loadgroup -k "not cpu" "${ignored[@]/%/.py}"
 
-# Side by side: they wait for the sanitizer's own work on the host more than for the device.
-PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
-for tool in memcheck racecheck synccheck initcheck; do
-  step "$tool" 350 compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" tools/sanitizer_case.py &
-done
-wait
+  # Side by side: they wait for the sanitizer's own work on the host more than for the device.
+  PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
+  for tool in memcheck racecheck synccheck initcheck; do
+    step "$tool" 390 compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" tools/sanitizer_case.py &
+  done
+  wait
 
-# First without torch.compile, whose compilations may not fit into what is left, and in a folder of its own,
-# so that a run which ends early takes nothing from it.
-bench=(--rows all --device cuda --providers)
-step eager 410 "$python" -m pytest benchmarks "${bench[@]}" eager,camkernels,gathered,released \
-  --results "$results/without-compile"
-compiled=eager,compile,compile-max-autotune,camkernels
-step compile_seeds 437 "$python" -m pytest benchmarks/bench_cam_seeds.py "${bench[@]}" $compiled --results "$results"
-step compile_erase 464 "$python" -m pytest benchmarks/bench_cam_erase.py "${bench[@]}" $compiled --results "$results"
-step compile_transform 491 "$python" -m pytest benchmarks/bench_cam_transform_mse.py "${bench[@]}" $compiled \
-  --results "$results"
-step compile_negative 518 "$python" -m pytest benchmarks/bench_negative_cam_loss.py "${bench[@]}" $compiled \
-  --results "$results"
-step compile_focus 535 "$python" -m pytest benchmarks/bench_focus_area.py "${bench[@]}" $compiled --results "$results"
+  step benchmarks 535 "$python" -m pytest benchmarks "${rows[@]}" \
+    --providers eager,camkernels,gathered,released,skimage --results "$results/without-compile"
+else
+  # Compilations take most of it: a step for each op, so that one which ends early takes nothing from another.
+  until=135
+  for share in local_activations:75 otsu_mask:20 local_level_loss:25 masked_max_pool:35 crop_and_zoom:25 \
+    attention_boxes:15 cam_seeds:45 cam_erase:40 cam_transform_mse:45 negative_cam_loss:55 focus_area:20; do
+    op=${share%:*} until=$((until + ${share#*:}))
+    step "compile_$op" $until "$python" -m pytest "benchmarks/bench_$op.py" "${rows[@]}" \
+      --providers eager,compile,compile-max-autotune,camkernels --results "$results"
+  done
+fi
 
 failed=$(grep -v '  exit 0  ' "$results/steps.txt" | cut -d' ' -f1 | tr '\n' ' ')
 [ -z "$failed" ] && echo "all passed; results in $results" && exit 0
