@@ -98,7 +98,7 @@ class WeightSums {
     if (!needed) return;
     direct_ = grad_weight.scalar_type() == accumulate;
     if (!direct_) {
-      sums_ = torch::stable::new_empty(grad_weight, {grad_weight.size(0), grad_weight.size(1)}, accumulate);
+      sums_ = torch::stable::new_empty(grad_weight, grad_weight.sizes(), accumulate);
     }
     torch::stable::zero_(sums_);
   }

@@ -26,28 +26,49 @@ struct Cells {
   const Real* at(int64_t cell) const { return data + cell * stride; }
 };
 
-// Channels [channel, channel + width) of an image, width at most kChannelBlock. In place where they lie so;
-// else in `to`, rows `stride` apart. `staging` holds kChannelBlock * cells elements.
+// Cells of one image, [begin, end).
+struct CellRange {
+  int64_t image, begin, end;
+  int64_t count() const { return end - begin; }
+};
+
+// Channels [channel, channel + width) of some cells, width at most kChannelBlock. In place where they lie so;
+// else in `to`, rows `stride` apart. `staging` holds kChannelBlock elements for each cell.
 template <typename T>
-Cells<Accumulate<T>> load_cells(const Branch& branch, int64_t image, int64_t channels, int64_t channel,
-                                int64_t width, Accumulate<T>* to, int64_t stride, Accumulate<T>* staging) {
+Cells<Accumulate<T>> load_cells(const Branch& branch, const CellRange& range, int64_t channels,
+                                int64_t channel, int64_t width, Accumulate<T>* to, int64_t stride,
+                                Accumulate<T>* staging) {
   using Real = Accumulate<T>;
-  const int64_t cells = branch.cells();
-  const T* features = static_cast<const T*>(branch.features.data) + image * channels * cells;
+  const int64_t cells = branch.cells(), count = range.count();
+  const T* features = static_cast<const T*>(branch.features.data) + range.image * channels * cells;
   if (branch.channels_last) {
-    const T* first = features + channel;
+    const T* first = features + range.begin * channels + channel;
     if constexpr (std::is_same_v<T, Real>) {
       if (width % Lanes<Real>::kCount == 0) return {first, channels};
     }
-    for (int64_t p = 0; p < cells; ++p) {
+    for (int64_t p = 0; p < count; ++p) {
       const Real* row = widened(first + p * channels, to + p * stride, width);
       if (row != to + p * stride) std::memcpy(to + p * stride, row, width * sizeof(Real));
     }
   } else {
-    const T* first = features + channel * cells;
-    transpose(widened(first, staging, width * cells), cells, to, stride, width, cells);
+    const T* first = features + channel * cells + range.begin;
+    if constexpr (std::is_same_v<T, Real>) {
+      transpose(first, cells, to, stride, width, count);
+    } else {
+      const int64_t runs = count == cells ? 1 : width, length = width * count / runs;
+      for (int64_t r = 0; r < runs; ++r) widen(first + r * cells, staging + r * length, length);
+      transpose(staging, count, to, stride, width, count);
+    }
   }
   return {to, stride};
+}
+
+// Of a whole image.
+template <typename T>
+Cells<Accumulate<T>> load_cells(const Branch& branch, int64_t image, int64_t channels, int64_t channel,
+                                int64_t width, Accumulate<T>* to, int64_t stride, Accumulate<T>* staging) {
+  return load_cells<T>(branch, CellRange{image, 0, branch.cells()}, channels, channel, width, to, stride,
+                       staging);
 }
 
 // Lets `ahead` ask for channels [channel, channel + width) of an image.
@@ -65,18 +86,30 @@ void want_cells(const Branch& branch, int64_t image, int64_t channels, int64_t c
 
 // Writes rows of channels, [cells][kChannelBlock], to the gradient of the features. `staging` as above.
 template <typename T>
-void store_cells(const Accumulate<T>* from, const Branch& branch, int64_t image, int64_t channels,
+void store_cells(const Accumulate<T>* from, const Branch& branch, const CellRange& range, int64_t channels,
                  int64_t channel, int64_t width, Accumulate<T>* staging) {
-  const int64_t cells = branch.cells();
-  T* grad = static_cast<T*>(branch.grad) + image * channels * cells;
+  const int64_t cells = branch.cells(), count = range.count();
+  T* grad = static_cast<T*>(branch.grad) + range.image * channels * cells;
   if (branch.channels_last) {
-    for (int64_t p = 0; p < cells; ++p) {
-      store_row(from + p * kChannelBlock, grad + p * channels + channel, width, branch.streamed);
+    for (int64_t p = 0; p < count; ++p) {
+      store_row(from + p * kChannelBlock, grad + (range.begin + p) * channels + channel, width,
+                branch.streamed);
     }
   } else {
-    transpose(from, kChannelBlock, staging, cells, cells, width);
-    store_row(staging, grad + channel * cells, width * cells, branch.streamed);
+    transpose(from, kChannelBlock, staging, count, count, width);
+    T* first = grad + channel * cells + range.begin;
+    const int64_t runs = count == cells ? 1 : width, length = width * count / runs;
+    for (int64_t r = 0; r < runs; ++r) {
+      store_row(staging + r * length, first + r * cells, length, branch.streamed);
+    }
   }
+}
+
+// Of a whole image.
+template <typename T>
+void store_cells(const Accumulate<T>* from, const Branch& branch, int64_t image, int64_t channels,
+                 int64_t channel, int64_t width, Accumulate<T>* staging) {
+  store_cells<T>(from, branch, CellRange{image, 0, branch.cells()}, channels, channel, width, staging);
 }
 
 // Channels of which forward holds all cells at once: these stay in the second-level cache, and the few rows

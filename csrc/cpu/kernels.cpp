@@ -7,6 +7,7 @@
 #include "cam_seeds_kernels.h"
 #include "cam_transform_mse_kernels.h"
 #include "focus_area_kernels.h"
+#include "local_activations_kernels.h"
 #include "negative_cam_loss_kernels.h"
 #include "otsu_mask_kernels.h"
 #include "stochastic_consistency_kernels.h"
@@ -128,6 +129,28 @@ void run_focus_area(const FocusArea& p, int64_t begin, int64_t end) {
   with_element_type(p.features.dtype, [&](auto element) { focus_area<decltype(element)>(p, begin, end); });
 }
 
+void run_local_activations_fwd(const LocalActivations& p, int64_t begin, int64_t end, int64_t part,
+                               int64_t class_begin, int64_t class_end) {
+  with_element_type(p.branch.features.dtype, [&](auto element) {
+    local_activations_fwd<decltype(element)>(p, begin, end, part, class_begin, class_end);
+  });
+}
+
+void run_local_attention(const LocalActivations& p, int64_t parts, int64_t begin, int64_t end) {
+  with_element_type(p.branch.features.dtype,
+                    [&](auto element) { local_attention<decltype(element)>(p, parts, begin, end); });
+}
+
+void run_local_activations_bwd(const LocalActivations& p, int64_t begin, int64_t end) {
+  with_element_type(p.branch.features.dtype,
+                    [&](auto element) { local_activations_bwd<decltype(element)>(p, begin, end); });
+}
+
+void run_local_activations_bias(const LocalActivations& p, int64_t begin, int64_t end) {
+  with_element_type(p.branch.features.dtype,
+                    [&](auto element) { local_activations_bias<decltype(element)>(p, begin, end); });
+}
+
 void run_otsu_mask_fwd(const OtsuMask& p, int64_t begin, int64_t end) {
   with_element_type(p.maps.dtype, [&](auto element) { otsu_mask_fwd<decltype(element)>(p, begin, end); });
 }
@@ -151,6 +174,10 @@ const Kernels CAMKERNELS_TABLE = {CAMKERNELS_ISA,
                                   run_negative_cam_loss_fwd,
                                   run_negative_cam_loss_bwd,
                                   run_focus_area,
+                                  run_local_activations_fwd,
+                                  run_local_attention,
+                                  run_local_activations_bwd,
+                                  run_local_activations_bias,
                                   run_otsu_mask_fwd};
 
 }  // namespace camkernels::cpu

@@ -131,6 +131,28 @@ struct NegativeCamLoss {
   const void* grad;       // [], accumulation type; backward only
 };
 
+// The best of n classifiers for each class and pixel. Row k * L1 + l of the weight, [n * L1, C], is class l
+// of classifier k, the last class being the background; columns are the pixels of all images, one after
+// another.
+struct LocalActivations {
+  Branch branch;
+  Classifier classifier;
+  AnyArray bias;  // [n, L1]; null: none
+  int64_t images, classifiers;
+  void* activations;          // [N, L1, H, W], dtype of features; forward only
+  void* attention;            // [N, H, W], dtype of features; forward only
+  void* part_attention;       // [parts, columns], accumulation type; forward only, as the next one:
+  int32_t* part_class;        // [parts, columns]: the greatest of a part of the classes
+  uint8_t* winner;            // [N, L1, H, W]; forward: null where not wanted
+  int32_t* attention_class;   // [N, H, W]; forward: null where not wanted
+  AnyArray grad_activations;  // [N, L1, H, W]; backward only, null: none
+  AnyArray grad_attention;    // [N, H, W]; backward only, null: none
+  void* grad_bias;            // [n, L1], accumulation type; backward only
+
+  int64_t classes() const { return classifier.classes / classifiers; }
+  int64_t columns() const { return images * branch.cells(); }
+};
+
 struct FocusArea {
   AnyArray features;  // [N, C, H, W], or [N, H, W, C] if channels_last
   bool* mask;         // [N, H, W]
@@ -172,6 +194,11 @@ struct Kernels {
   void (*negative_cam_loss_fwd)(const NegativeCamLoss&, int64_t image, int64_t slot_begin, int64_t slot_end);
   void (*negative_cam_loss_bwd)(const NegativeCamLoss&, int64_t channel_begin, int64_t channel_end);
   void (*focus_area)(const FocusArea&, int64_t image_begin, int64_t image_end);
+  void (*local_activations_fwd)(const LocalActivations&, int64_t column_begin, int64_t column_end,
+                                int64_t part, int64_t class_begin, int64_t class_end);
+  void (*local_attention)(const LocalActivations&, int64_t parts, int64_t column_begin, int64_t column_end);
+  void (*local_activations_bwd)(const LocalActivations&, int64_t channel_begin, int64_t channel_end);
+  void (*local_activations_bias)(const LocalActivations&, int64_t class_begin, int64_t class_end);
   void (*otsu_mask_fwd)(const OtsuMask&, int64_t map_begin, int64_t map_end);
 };
 
