@@ -11,7 +11,9 @@ from torch import Tensor
 
 from camkernels.triton.cam import launch_cam_fwd
 from camkernels.triton.front import (
+    NONE,
     alignment,
+    first_largest,
     is_channels_last,
     narrow,
     on_device_of,
@@ -21,13 +23,10 @@ from camkernels.triton.front import (
     strides_of,
 )
 
-# Key of a pixel that is no candidate, below the key of every number.
-NONE = tl.constexpr(-(2**31))
-
 
 @triton.jit
 def candidate_keys(map_ptr, noise_ptr, pixel, pixels, threshold):
-    """A larger key comes first, equal ones in the order of pixels."""
+    """A larger key comes first, equal ones in the order of pixels; no candidate has NONE."""
     inside = pixel < pixels
     heat = tl.load(map_ptr + pixel, mask=inside, other=0.0)
     key = tl.zeros(pixel.shape, tl.int32)
@@ -45,8 +44,7 @@ def first_maximum(map_ptr, pixels, BLOCK: tl.constexpr):
         pixel = first + tl.arange(0, BLOCK)
         key = sortable(tl.load(map_ptr + pixel, mask=pixel < pixels, other=0.0))
         key = tl.where(pixel < pixels, key, NONE)
-        block_best = tl.max(key, 0)
-        block_place = tl.min(tl.where(key == block_best, pixel, pixels), 0)
+        block_best, block_place = first_largest(key, pixel, 0)
         place = tl.where(block_best > best, block_place, place)
         best = tl.maximum(block_best, best)
     return place

@@ -11,6 +11,8 @@ from torch import Tensor
 HALF_TYPES = (torch.float16, torch.bfloat16)
 NVIDIA = torch.version.hip is None and getattr(torch.version, "xpu", None) is None
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+# Below the sortable key of every number.
+NONE = tl.constexpr(-(2**31))
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
@@ -79,6 +81,20 @@ def sortable(values):
     bits = values.to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     return tl.where(magnitude > 0x7F800000, 0x7FFFFFFF, tl.where(bits < 0, -magnitude, magnitude))
+
+
+@triton.jit
+def value_of(key):
+    """The value that has a sortable key; 0 is positive."""
+    bits = tl.where(key < 0, -key | -0x80000000, key)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def first_largest(key, place, AXIS: tl.constexpr):
+    """The largest key along an axis, and the lowest of the places that have it."""
+    is_largest = key == tl.max(key, AXIS, keep_dims=True)
+    return tl.max(key, AXIS), tl.min(tl.where(is_largest, place, 0x7FFFFFFF), AXIS)
 
 
 @triton.jit

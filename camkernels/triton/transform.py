@@ -14,14 +14,19 @@ SHIFTS = ["offset_y", "begin_y", "end_y", "offset_x", "begin_x", "end_x"]
 
 
 @triton.jit
-def position_taps(position, size):
-    """The two cells read at a position in [-1, 1], and the weight of the second."""
-    source = ((position + 1.0) * size - 1.0) * 0.5
+def border_taps(source, size):
+    """The two cells read at a place between cells, and the weight of the second; the border goes on outside."""
     # Not maximum: a NaN, of a matrix that holds one, must not become an index.
     source = tl.where(source > 0.0, source, 0.0)
     source = tl.where(source < size - 1.0, source, size - 1.0)
     low = source.to(tl.int32)
     return low, tl.minimum(low + 1, size - 1), (source - low).to(tl.float32)
+
+
+@triton.jit
+def position_taps(position, size):
+    """The two cells read at a position in [-1, 1], and the weight of the second."""
+    return border_taps(((position + 1.0) * size - 1.0) * 0.5, size)
 
 
 @triton.jit

@@ -1,0 +1,205 @@
+"""A box of each image, resampled: kernels and launchers.
+
+Images are planes of rows as in ``cam_erase``. Output j of an axis reads it at j * step + origin. Backward
+inverts that: a pixel gathers from the run of outputs that read it, in their order, so nothing is added up
+between programs.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from camkernels.triton.cam_erase import planes_of, tile_width
+from camkernels.triton.front import narrow, on_device_of, power_of_two, registers, resample
+from camkernels.triton.transform import border_taps, row_values
+
+
+@triton.jit
+def box_of(boxes_ptr, image):
+    """Origin and extent of rows and of columns, in fractions, and whether that is a box; in place of one that
+    is none there is the whole image, which keeps all reads in bounds."""
+    boxes_ptr += image * 4
+    x0, y0 = tl.load(boxes_ptr), tl.load(boxes_ptr + 1)
+    x1, y1 = tl.load(boxes_ptr + 2), tl.load(boxes_ptr + 3)
+    is_box = (tl.abs(x0) < float("inf")) & (tl.abs(x1) < float("inf")) & (x1 > x0)
+    is_box = is_box & (tl.abs(y0) < float("inf")) & (tl.abs(y1) < float("inf")) & (y1 > y0)
+    x0, x1 = tl.where(is_box, x0, 0.0), tl.where(is_box, x1, 1.0)
+    y0, y1 = tl.where(is_box, y0, 0.0), tl.where(is_box, y1, 1.0)
+    return y0, y1 - y0, x0, x1 - x0, is_box
+
+
+@triton.jit
+def output_taps(output, begin, extent, ratio, size):
+    """The two cells that an output reads, and the weight of the second; ``ratio`` is size / outputs."""
+    step = extent * ratio
+    return border_taps((output.to(tl.float32) + 0.5) * step + (begin * size - 0.5), size)
+
+
+@triton.jit
+def readers(cell, begin, extent, ratio, size, outputs):
+    """First and end of a run of outputs that holds all which read a cell; none for what is no cell."""
+    step = extent * ratio
+    origin = begin * size - 0.5
+    # Wider by what rounding may do: to positions, which are as large as origin and size, and to outputs.
+    slack = (tl.abs(origin) + size) * 1e-6 / step + outputs * 1e-6
+    first = tl.ceil((cell - 1 - origin) / step - 0.5 - slack)
+    end = tl.floor((cell + 1 - origin) / step - 0.5 + slack) + 1
+    # What lies outside reads the border, on the left with its neighbour, which weighs 0. Comparisons rather
+    # than minimum: a NaN must give the whole run.
+    first = tl.where((cell > 1) & (first > 0), tl.minimum(first, outputs), 0).to(tl.int32)
+    end = tl.where((cell < size - 1) & (end < outputs), tl.maximum(end, 0), outputs).to(tl.int32)
+    return first, tl.where(cell < size, end, first)
+
+
+@triton.jit
+def share_of(output, end, cell, begin, extent, ratio, size):
+    """What an output gives back to a cell of its value, and whether it read the cell."""
+    low, high, weight = output_taps(output, begin, extent, ratio, size)
+    share = tl.where(low == cell, 1.0 - weight, 0.0) + tl.where(high == cell, weight, 0.0)
+    return share, (output < end) & ((low == cell) | (high == cell))
+
+
+@triton.jit
+def crop_and_zoom_kernel(
+    images_ptr,  # [N, planes, H0, W0 * GROUP]
+    boxes_ptr,  # [N, 4] float32
+    zoomed_ptr,  # [N, planes, h, w * GROUP]
+    planes,
+    image_height,
+    image_width,
+    height,
+    width,
+    ratio_y,  # H0 / h
+    ratio_x,
+    GROUP: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    program = tl.program_id(0)
+    length = width * GROUP
+    tiles_x = tl.cdiv(length, BLOCK_W)
+    tiles_y = tl.cdiv(height, BLOCK_H)
+    image = (program // (tiles_x * tiles_y)).to(tl.int64)
+    y = program // tiles_x % tiles_y * BLOCK_H + tl.arange(0, BLOCK_H)
+    column = program % tiles_x * BLOCK_W + tl.arange(0, BLOCK_W)
+    inside = (y < height)[:, None] & (column < length)[None, :]
+    begin_y, extent_y, begin_x, extent_x, is_box = box_of(boxes_ptr, image)
+    low_y, high_y, weight_y = output_taps(y, begin_y, extent_y, ratio_y, image_height)
+    low_x, high_x, weight_x = output_taps(column // GROUP, begin_x, extent_x, ratio_x, image_width)
+    channel = column % GROUP
+    low, high = (low_x * GROUP + channel)[None, :], (high_x * GROUP + channel)[None, :]
+    image_length = tl.cast(image_width, tl.int64) * GROUP
+    upper_row, lower_row = (low_y * image_length)[:, None], (high_y * image_length)[:, None]
+    images_ptr += image * planes * image_height * image_length
+    offset = image * planes * height * length + y.to(tl.int64)[:, None] * length + column[None, :]
+    for _ in range(planes):
+        upper = row_values(images_ptr + upper_row, low, high, weight_x[None, :], inside, True)
+        lower = row_values(images_ptr + lower_row, low, high, weight_x[None, :], inside, True)
+        value = tl.where(is_box, resample(upper, lower, weight_y[:, None]), float("nan"))
+        tl.store(zoomed_ptr + offset, narrow(value, zoomed_ptr.dtype.element_ty), mask=inside)
+        images_ptr += image_height * image_length
+        offset += tl.cast(height, tl.int64) * length
+
+
+@triton.jit
+def crop_and_zoom_bwd_kernel(
+    grad_ptr,  # [N, planes, h, w * GROUP]
+    boxes_ptr,  # [N, 4] float32
+    grad_images_ptr,  # [N, planes, H0, W0 * GROUP]
+    planes,
+    image_height,
+    image_width,
+    height,
+    width,
+    ratio_y,  # H0 / h
+    ratio_x,
+    GROUP: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    program = tl.program_id(0)
+    image_length = image_width * GROUP
+    tiles_x = tl.cdiv(image_length, BLOCK_W)
+    tiles_y = tl.cdiv(image_height, BLOCK_H)
+    image = (program // (tiles_x * tiles_y)).to(tl.int64)
+    y = program // tiles_x % tiles_y * BLOCK_H + tl.arange(0, BLOCK_H)
+    column = program % tiles_x * BLOCK_W + tl.arange(0, BLOCK_W)
+    inside = (y < image_height)[:, None] & (column < image_length)[None, :]
+    x = column // GROUP
+    begin_y, extent_y, begin_x, extent_x, is_box = box_of(boxes_ptr, image)
+    first_y, end_y = readers(y, begin_y, extent_y, ratio_y, image_height, height)
+    first_x, end_x = readers(x, begin_x, extent_x, ratio_x, image_width, width)
+    most_y, most_x = tl.max(end_y - first_y, 0), tl.max(end_x - first_x, 0)
+    length = tl.cast(width, tl.int64) * GROUP
+    grad_ptr += image * planes * height * length
+    offset = image * planes * image_height * image_length
+    offset += y.to(tl.int64)[:, None] * image_length + column[None, :]
+    for _ in range(planes):
+        sums = tl.zeros([BLOCK_H, BLOCK_W], tl.float32)
+        for row in range(most_y):
+            share_y, read_y = share_of(first_y + row, end_y, y, begin_y, extent_y, ratio_y, image_height)
+            row_ptr = grad_ptr + ((first_y + row) * length)[:, None]
+            row_sums = tl.zeros([BLOCK_H, BLOCK_W], tl.float32)
+            for place in range(most_x):
+                output = first_x + place
+                share_x, read_x = share_of(output, end_x, x, begin_x, extent_x, ratio_x, image_width)
+                read = read_y[:, None] & read_x[None, :]
+                ptrs = row_ptr + (output * GROUP + column % GROUP)[None, :]
+                grad = tl.load(ptrs, mask=read, other=0.0).to(tl.float32)
+                row_sums += share_x[None, :] * grad
+            sums += share_y[:, None] * row_sums
+        grad = tl.where(is_box, sums, float("nan"))
+        tl.store(grad_images_ptr + offset, narrow(grad, grad_images_ptr.dtype.element_ty), mask=inside)
+        grad_ptr += height * length
+        offset += tl.cast(image_height, tl.int64) * image_length
+
+
+def launch(
+    kernel: triton.JITFunction,
+    source: Tensor,  # [N, D, H, W]
+    boxes: Tensor,  # [N, 4]
+    result: Tensor,  # [N, D, H, W], of which a program has a tile
+    images: Tensor,  # whichever of the two is not zoomed
+    zoomed: Tensor,
+) -> None:
+    number, _, height, width = result.shape
+    # Of one pixel all layouts are the same; the other one tells.
+    planes, group = planes_of(source if source.shape[2] * source.shape[3] > 1 else result)
+    block_w = tile_width(width * group, result.element_size())
+    block_h = power_of_two(height, 1, 1024 // block_w)
+    with on_device_of(source):
+        kernel[(number * triton.cdiv(height, block_h) * triton.cdiv(width * group, block_w),)](
+            source,
+            boxes,
+            result,
+            planes,
+            *images.shape[2:],
+            *zoomed.shape[2:],
+            images.shape[2] / zoomed.shape[2],
+            images.shape[3] / zoomed.shape[3],
+            GROUP=group,
+            BLOCK_H=block_h,
+            BLOCK_W=block_w,
+            num_warps=4,
+            **registers(128),
+        )
+
+
+def crop_and_zoom_fwd(
+    images: Tensor,  # [N, D, H0, W0]
+    boxes: Tensor,  # [N, 4]
+    height: int,
+    width: int,
+    zoomed: Tensor,  # [N, D, h, w]
+) -> None:
+    launch(crop_and_zoom_kernel, images, boxes, zoomed, images, zoomed)
+
+
+def crop_and_zoom_bwd(
+    grad: Tensor,  # [N, D, h, w]
+    boxes: Tensor,  # [N, 4]
+    height: int,
+    width: int,
+    grad_images: Tensor,  # [N, D, H0, W0]
+) -> None:
+    launch(crop_and_zoom_bwd_kernel, grad, boxes, grad_images, grad_images, grad)

@@ -1,0 +1,167 @@
+"""Otsu's threshold of each map and the pixels above it: kernel and launcher.
+
+A threshold must be scikit-image's to the last bit, for in the gap between two clusters all thresholds are
+equally good but for rounding. So the running sums take one bin after another, a serial loop over few threads,
+and the compiler may not contract a product and a sum.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor, float32, int8
+
+from camkernels.triton.front import (
+    NONE,
+    extrema,
+    first_largest,
+    merge_extrema,
+    narrow,
+    on_device_of,
+    power_of_two,
+    registers,
+    sortable,
+)
+
+# Programs that each have scratch memory for one map and take one map after another: more than run at a time.
+PROGRAMS = 1024
+
+
+@triton.jit
+def edge_of(index, low, span, bins):
+    """Where a bin begins, as ``numpy.linspace`` has it."""
+    index = index.to(tl.float32)
+    bins = tl.cast(bins, tl.float32)
+    step = tl.div_rn(span, bins)
+    return tl.where(step == 0.0, tl.div_rn(index, bins) * span, index * step) + low
+
+
+@triton.jit
+def edges_of(index, low, high, bins):
+    """Where a bin begins and ends."""
+    end = tl.where(index == bins - 1, high, edge_of(index + 1, low, high - low, bins))
+    return edge_of(index, low, high - low, bins), end
+
+
+@triton.jit
+def bin_of(values, low, high, bins):
+    """The bin of values from ``low`` to ``high``, as ``numpy.histogram`` has it."""
+    place = tl.div_rn(values - low, high - low) * tl.cast(bins, tl.float32)
+    index = tl.minimum(place.to(tl.int32), bins - 1)
+    # Rounding may have moved a value that lies close to an edge across it.
+    begin, _ = edges_of(index, low, high, bins)
+    index = tl.where(values < begin, tl.maximum(index - 1, 0), index)
+    _, end = edges_of(index, low, high, bins)
+    return tl.where((index < bins - 1) & (values >= end), index + 1, index)
+
+
+@triton.jit
+def best_bin(
+    counts,  # [BINS] int32
+    center,  # [BINS]
+    scratch_ptr,  # [6, bins] float32: counts, sums, and what has been added up of either from both ends
+    bins,
+    BINS: tl.constexpr,
+):
+    """The bin up to which values are one class, so that the variance between the two is the greatest."""
+    index = tl.arange(0, BINS)
+    count = counts.to(tl.float32)
+    tl.store(scratch_ptr + index, count, mask=index < bins)
+    tl.store(scratch_ptr + bins + index, count * center, mask=index < bins)
+    tl.debug_barrier()  # from here on memory is read by other threads than wrote it
+    lane = tl.arange(0, 4)  # counts from the left, from the right; sums from the left, from the right
+    from_right = lane % 2 == 1
+    step = tl.where(from_right, -1, 1)
+    source = scratch_ptr + lane // 2 * bins + tl.where(from_right, bins - 1, 0)
+    total_ptr = scratch_ptr + (2 + lane) * bins + tl.where(from_right, bins - 1, 0)
+    total = tl.zeros([4], tl.float32)
+    for _ in range(bins):
+        total += tl.load(source)
+        tl.store(total_ptr, total)
+        source += step
+        total_ptr += step
+    tl.debug_barrier()
+    counted = index < bins - 1
+    below = tl.load(scratch_ptr + 2 * bins + index, mask=counted, other=1.0)
+    above = tl.load(scratch_ptr + 3 * bins + index + 1, mask=counted, other=1.0)
+    sum_below = tl.load(scratch_ptr + 4 * bins + index, mask=counted, other=0.0)
+    sum_above = tl.load(scratch_ptr + 5 * bins + index + 1, mask=counted, other=0.0)
+    difference = tl.div_rn(sum_below, below) - tl.div_rn(sum_above, above)
+    variance = below * above * (difference * difference)
+    tl.debug_barrier()  # the next map's counts take the place of these
+    _, best = first_largest(tl.where(counted, sortable(variance), NONE), index, 0)
+    return best
+
+
+@triton.jit
+def otsu_mask_kernel(
+    maps_ptr,  # [M, P]
+    mask_ptr,  # [M, P] int8
+    threshold_ptr,  # [M]
+    scratch_ptr,  # [programs, 6, bins] float32
+    maps,
+    pixels,
+    bins,
+    BLOCK: tl.constexpr,
+    BINS: tl.constexpr,
+):
+    program = tl.program_id(0)
+    scratch_ptr += program.to(tl.int64) * 6 * bins
+    lane = tl.arange(0, BLOCK)
+    for place in range(program, maps, tl.num_programs(0)):
+        map_ptr = maps_ptr + tl.cast(place, tl.int64) * pixels
+        low, high = float("inf"), float("-inf")
+        for first in range(0, pixels, BLOCK):
+            inside = first + lane < pixels
+            values = tl.load(map_ptr + first + lane, mask=inside, other=0.0).to(tl.float32)
+            block_low, block_high = extrema(values, inside, 0)
+            low, high = merge_extrema(low, high, block_low, block_high)
+        threshold = low
+        span = high - low
+        if (span > 0.0) & (span < float("inf")):
+            counts = tl.zeros([BINS], tl.int32)
+            for first in range(0, pixels, BLOCK):
+                inside = first + lane < pixels
+                values = tl.load(map_ptr + first + lane, mask=inside, other=0.0).to(tl.float32)
+                index = bin_of(tl.where(inside, values, low), low, high, bins)
+                counts += tl.histogram(index, BINS, inside)
+            begin, end = edges_of(tl.minimum(tl.arange(0, BINS), bins - 1), low, high, bins)
+            best = best_bin(counts, (begin + end) * 0.5, scratch_ptr, bins, BINS)
+            begin, end = edges_of(best, low, high, bins)
+            threshold = (begin + end) * 0.5
+        elif span != 0.0:  # a NaN, or no finite range
+            threshold = float("nan")
+        threshold = narrow(threshold, threshold_ptr.dtype.element_ty)
+        tl.store(threshold_ptr + place, threshold)
+        for first in range(0, pixels, BLOCK):
+            inside = first + lane < pixels
+            values = tl.load(map_ptr + first + lane, mask=inside, other=0.0)
+            above = values.to(tl.float32) > threshold.to(tl.float32)
+            tl.store(
+                mask_ptr + tl.cast(place, tl.int64) * pixels + first + lane, above.to(tl.int8), mask=inside
+            )
+
+
+def otsu_mask_fwd(
+    maps: Tensor,  # [M, P]
+    bins: int,
+    mask: Tensor,  # [M, P] bool
+    threshold: Tensor,  # [M]
+) -> None:
+    number, pixels = maps.shape
+    programs = min(number, PROGRAMS)
+    block_bins = power_of_two(bins, 128, 4096)
+    with on_device_of(maps):
+        otsu_mask_kernel[(programs,)](
+            maps,
+            mask.view(int8),
+            threshold,
+            maps.new_empty((programs, 6, bins), dtype=float32),
+            number,
+            pixels,
+            bins,
+            # At least a value for each thread. Counting takes instructions by values and bins.
+            BLOCK=power_of_two(pixels, 128, max(128, 2**17 // block_bins)),
+            BINS=block_bins,
+            num_warps=4,
+            enable_fp_fusion=False,
+            **registers(128),
+        )
