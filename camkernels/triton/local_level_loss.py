@@ -58,7 +58,7 @@ def exponential_sum(activations_ptr, pixel, classes, pixels, BLOCK_L: tl.constex
 
 @triton.jit
 def labels_of(mask_ptr, target_ptr, image, pixel, classes, pixels, images, BLOCK: tl.constexpr):
-    """The class of each pixel, and what its cross entropy counts in the loss; NaN if there is no such class."""
+    """The class of each pixel, and what its cross entropy counts in the loss; NaN if the class is none."""
     mask_ptr += image * pixels
     counts = tl.zeros([BLOCK], tl.int32)
     for first in range(0, pixels, BLOCK):

@@ -107,7 +107,8 @@ def otsu_mask_kernel(
     scratch_ptr += program.to(tl.int64) * 6 * bins
     lane = tl.arange(0, BLOCK)
     for place in range(program, maps, tl.num_programs(0)):
-        map_ptr = maps_ptr + tl.cast(place, tl.int64) * pixels
+        offset = tl.cast(place, tl.int64) * pixels
+        map_ptr = maps_ptr + offset
         low, high = float("inf"), float("-inf")
         for first in range(0, pixels, BLOCK):
             inside = first + lane < pixels
@@ -135,9 +136,7 @@ def otsu_mask_kernel(
             inside = first + lane < pixels
             values = tl.load(map_ptr + first + lane, mask=inside, other=0.0)
             above = values.to(tl.float32) > threshold.to(tl.float32)
-            tl.store(
-                mask_ptr + tl.cast(place, tl.int64) * pixels + first + lane, above.to(tl.int8), mask=inside
-            )
+            tl.store(mask_ptr + offset + first + lane, above.to(tl.int8), mask=inside)
 
 
 def otsu_mask_fwd(
