@@ -155,9 +155,10 @@ class Session:
         if (op.name, variant) not in self.host:
             row = op.tiny(variant)
             inputs = self.inputs(op, row, variant, seed=0)
+            calls = max(3, min(300, round(120 * self.seconds)))
             self.host[op.name, variant] = {
                 (direction, provider.name): measure.host_seconds(
-                    partial(provider, inputs, direction), self.device, calls=300
+                    partial(provider, inputs, direction), self.device, calls
                 )
                 for provider in providers(op, row, variant, self.device, self.wanted)
                 for direction in op.directions
@@ -231,7 +232,8 @@ def run_case(benchmark: BenchmarkFixture, case: Case, direction: str) -> list[Ro
         spent.append(last)
         if device.type == "cuda":
             host.append(measure.host_seconds(partial(call, case.sets[0]), device, calls=3))
-    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, math.ceil(session.seconds / sum(spent))))
+    fewest = MIN_ROUNDS if session.seconds else 2  # no time: whether it runs is all that is asked
+    rounds = max(fewest, min(MAX_ROUNDS, math.ceil(session.seconds / sum(spent))))
     # On a GPU, work ahead of each timed call, so that the device never waits for the host in between: the
     # host's time is a column of its own.
     head_start = 1 + math.ceil(1.5 * max(host) / spent[0]) if device.type == "cuda" else 0
@@ -257,7 +259,7 @@ def run_case(benchmark: BenchmarkFixture, case: Case, direction: str) -> list[Ro
     cost = case.op.cost(case.row, case.variant, session.dtype, "forward")
     if direction != "forward":
         cost = cost + case.op.cost(case.row, case.variant, session.dtype, "backward")
-    least = measure.floor(cost, bandwidth, session.matrix_rate)
+    floor = measure.floor(cost, bandwidth, session.matrix_rate)
 
     rows = []
     for provider, seconds in zip(case.providers, times, strict=True):
@@ -289,8 +291,8 @@ def run_case(benchmark: BenchmarkFixture, case: Case, direction: str) -> list[Ro
                 host_seconds=host_seconds,
                 floor_bytes=cost.bytes,
                 floor_flops=cost.flops,
-                floor_seconds=least.seconds,
-                floor_bound=least.bound,
+                floor_seconds=floor.seconds,
+                floor_bound=floor.bound,
                 copy_bytes_per_second=bandwidth,
             )
         )
