@@ -6,8 +6,11 @@
 #include "cam_kernels.h"
 #include "cam_seeds_kernels.h"
 #include "cam_transform_mse_kernels.h"
+#include "crop_and_zoom_kernels.h"
 #include "focus_area_kernels.h"
 #include "local_activations_kernels.h"
+#include "local_level_loss_kernels.h"
+#include "masked_max_pool_kernels.h"
 #include "negative_cam_loss_kernels.h"
 #include "otsu_mask_kernels.h"
 #include "stochastic_consistency_kernels.h"
@@ -155,6 +158,36 @@ void run_otsu_mask_fwd(const OtsuMask& p, int64_t begin, int64_t end) {
   with_element_type(p.maps.dtype, [&](auto element) { otsu_mask_fwd<decltype(element)>(p, begin, end); });
 }
 
+void run_local_level_loss_fwd(const LocalLevelLoss& p, int64_t begin, int64_t end) {
+  with_element_type(p.activations.dtype,
+                    [&](auto element) { local_level_loss_fwd<decltype(element)>(p, begin, end); });
+}
+
+void run_local_level_loss_bwd(const LocalLevelLoss& p, int64_t begin, int64_t end) {
+  with_element_type(p.activations.dtype,
+                    [&](auto element) { local_level_loss_bwd<decltype(element)>(p, begin, end); });
+}
+
+void run_masked_max_pool_fwd(const MaskedMaxPool& p, int64_t image, int64_t begin, int64_t end) {
+  with_element_type(p.features.dtype,
+                    [&](auto element) { masked_max_pool_fwd<decltype(element)>(p, image, begin, end); });
+}
+
+void run_masked_max_pool_bwd(const MaskedMaxPool& p, int64_t image, int64_t begin, int64_t end) {
+  with_element_type(p.grad.dtype,
+                    [&](auto element) { masked_max_pool_bwd<decltype(element)>(p, image, begin, end); });
+}
+
+void run_crop_and_zoom_fwd(const CropAndZoom& p, int64_t image, int64_t begin, int64_t end) {
+  with_element_type(p.from.dtype,
+                    [&](auto element) { crop_and_zoom_fwd<decltype(element)>(p, image, begin, end); });
+}
+
+void run_crop_and_zoom_bwd(const CropAndZoom& p, int64_t image, int64_t begin, int64_t end) {
+  with_element_type(p.from.dtype,
+                    [&](auto element) { crop_and_zoom_bwd<decltype(element)>(p, image, begin, end); });
+}
+
 }  // namespace
 
 extern const Kernels CAMKERNELS_TABLE;
@@ -178,6 +211,12 @@ const Kernels CAMKERNELS_TABLE = {CAMKERNELS_ISA,
                                   run_local_attention,
                                   run_local_activations_bwd,
                                   run_local_activations_bias,
-                                  run_otsu_mask_fwd};
+                                  run_otsu_mask_fwd,
+                                  run_local_level_loss_fwd,
+                                  run_local_level_loss_bwd,
+                                  run_masked_max_pool_fwd,
+                                  run_masked_max_pool_bwd,
+                                  run_crop_and_zoom_fwd,
+                                  run_crop_and_zoom_bwd};
 
 }  // namespace camkernels::cpu

@@ -169,6 +169,43 @@ struct OtsuMask {
   int bins;
 };
 
+// Pixels whose losses are one partial sum.
+inline constexpr int64_t kLossTile = 64;
+
+struct LocalLevelLoss {
+  AnyArray activations;             // [N, L + 1, pixels]
+  const bool* mask;                 // [N, pixels]
+  AnyArray target;                  // [N]
+  const int64_t* attended;          // [N], pixels in the mask
+  void* losses;                     // [N, tiles], accumulation type; forward only
+  const void* grad;                 // [], accumulation type; backward only
+  void* grad_activations;           // as activations; backward only
+  int64_t images, classes, pixels;  // background is one of the classes
+  int64_t tiles() const { return (pixels + kLossTile - 1) / kLossTile; }
+};
+
+struct MaskedMaxPool {
+  AnyArray features;    // [N, C, H, W], or [N, H, W, C] if channels_last; forward only
+  const bool* mask;     // [N, H, W]
+  void* pooled;         // [N, C], dtype of features; forward only
+  int32_t* index;       // [N, C], the pixel of the maximum
+  AnyArray grad;        // [N, C]; backward only
+  void* grad_features;  // as features; backward only
+  int64_t channels, pixels;
+  bool channels_last;
+  bool streamed;  // grad_features is written past the caches
+};
+
+struct CropAndZoom {
+  AnyArray from;   // images [N, D, H0, W0], or [N, H0, W0, D] if channels_last; in backward grad [N, D, h, w]
+  void* to;        // zoomed [N, D, h, w]; in backward grad_images
+  AnyArray boxes;  // [N, 4], fractions (x0, y0, x1, y1)
+  int64_t depth;
+  int64_t image_height, image_width, height, width;
+  bool channels_last;
+  bool streamed;  // the output is written past the caches
+};
+
 // `accumulate` is kDouble for float64 features, else kFloat. Ranges are of the index named.
 struct Kernels {
   const char* name;
@@ -200,6 +237,15 @@ struct Kernels {
   void (*local_activations_bwd)(const LocalActivations&, int64_t channel_begin, int64_t channel_end);
   void (*local_activations_bias)(const LocalActivations&, int64_t class_begin, int64_t class_end);
   void (*otsu_mask_fwd)(const OtsuMask&, int64_t map_begin, int64_t map_end);
+  void (*local_level_loss_fwd)(const LocalLevelLoss&, int64_t tile_begin, int64_t tile_end);
+  void (*local_level_loss_bwd)(const LocalLevelLoss&, int64_t tile_begin, int64_t tile_end);
+  void (*masked_max_pool_fwd)(const MaskedMaxPool&, int64_t image, int64_t channel_begin,
+                              int64_t channel_end);
+  void (*masked_max_pool_bwd)(const MaskedMaxPool&, int64_t image, int64_t channel_begin,
+                              int64_t channel_end);
+  // Rows are of the output.
+  void (*crop_and_zoom_fwd)(const CropAndZoom&, int64_t image, int64_t row_begin, int64_t row_end);
+  void (*crop_and_zoom_bwd)(const CropAndZoom&, int64_t image, int64_t row_begin, int64_t row_end);
 };
 
 // Maps of one image that a thread computes together: enough to reuse each feature it loads, few enough

@@ -39,6 +39,25 @@ CAMKERNELS_HD Taps<Real> source_taps(int64_t out_index, Real scale, int in_size,
   return {low, high, weight < Real(1) ? weight : Real(1)};
 }
 
+// At any position, in pixels from the centre of the first; the border extends without end.
+template <typename Real>
+CAMKERNELS_HD Taps<Real> taps_at(double position, int size) {
+  // Not position < 0 ? 0 : position: a NaN must not become an index.
+  if (!(position > 0.0)) position = 0.0;
+  if (position > size - 1.0) position = size - 1.0;
+  const int low = static_cast<int>(position);
+  const int high = low < size - 1 ? low + 1 : low;
+  return {low, high, static_cast<Real>(position - low)};
+}
+
+// One side of a box, from `begin` to `end` in fractions of in_size pixels, cut into out_size.
+template <typename Real>
+CAMKERNELS_HD Taps<Real> box_taps(double begin, double end, int64_t out_index, int in_size,
+                                  int64_t out_size) {
+  const double pixel = (end - begin) * in_size / static_cast<double>(out_size);
+  return taps_at<Real>(begin * in_size + (static_cast<double>(out_index) + 0.5) * pixel - 0.5, in_size);
+}
+
 template <typename Real>
 CAMKERNELS_HD Real resample(Real low, Real high, Real weight) {
   return low + weight * (high - low);

@@ -53,13 +53,7 @@ CAMKERNELS_HD Taps<Real> axis_taps(const Axis& axis, int64_t index, int size) {
 // extends by half a cell.
 template <typename Real>
 CAMKERNELS_HD Taps<Real> position_taps(double position, int size) {
-  double source = ((position + 1.0) * size - 1.0) / 2.0;
-  // Not source < 0 ? 0 : source: a NaN, of a matrix that holds one, must not become an index.
-  if (!(source > 0.0)) source = 0.0;
-  if (source > size - 1.0) source = size - 1.0;
-  const int low = static_cast<int>(source);
-  const int high = low < size - 1 ? low + 1 : low;
-  return {low, high, static_cast<Real>(source - low)};
+  return taps_at<Real>(((position + 1.0) * size - 1.0) / 2.0, size);
 }
 
 // Cell (row, column) of the transformed map. `matrix` is [2, 3] in double, read only where the geometry is
