@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from cases import may_hold_infinities
 from closeness import assert_as_close_as
 
 import camkernels
@@ -483,6 +484,74 @@ def test_slots_without_a_class_add_nothing():
             assert not grad_weight[::2].any()
             assert not grad_bias[::2].any()
             assert grad_weight[1].isnan().all() == (value != value)
+
+
+@pytest.mark.parametrize(
+    "images, classifiers, parts", [(2, 3, []), (5, 2, ["sum_parts_kernel"])], ids=["whole", "parts"]
+)
+def test_local_activations_are_one_launch(started, images, classifiers, parts):
+    """And each wanted gradient one, but for parts of the batch, of 2, 2 and 1 images, to be added up."""
+    draw = torch.Generator().manual_seed(4)
+    drawn = [
+        torch.randn(shape, generator=draw)
+        for shape in ((images, 12, 7, 7), (classifiers, 2, 12), (classifiers, 2))
+    ]
+    grad = torch.randn((images, 2, 7, 7), generator=draw)
+
+    def run(function, dtype):
+        leaves = [x.to(DEVICE, dtype).requires_grad_() for x in drawn]
+        activations, attention = function(*leaves)
+        forward = started.copy()
+        started.clear()
+        return forward, torch.autograd.grad(
+            [activations, attention], leaves, [grad.to(DEVICE, dtype), grad[:, 0].to(DEVICE, dtype)]
+        )
+
+    forward, ours = run(camkernels.fused_local_activations, torch.float32)
+    backward = ["local_features_bwd_kernel", "local_weight_bwd_kernel", *parts, "local_bias_bwd_kernel"]
+    assert (forward, started) == (["local_activations_fwd_kernel"], backward)
+    _, theirs = run(reference.local_activations, torch.float32)
+    _, truth = run(reference.local_activations, torch.float64)
+    for a, b, c in zip(ours, theirs, truth, strict=True):
+        assert_as_close_as(a, b, c)
+    for place, name in enumerate(backward[:2] + backward[-1:]):
+        leaves = [x.to(DEVICE).requires_grad_(i == place) for i, x in enumerate(drawn)]
+        attention = camkernels.fused_local_activations(*leaves).attention
+        started.clear()
+        attention.sum().backward()
+        assert [kernel for kernel in started if kernel != "sum_parts_kernel"] == [name]
+
+
+@may_hold_infinities
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_what_did_not_win_adds_nothing(dtype):
+    """Not even where it is no number; all else are small integers, whose sums are exact."""
+    draw = torch.Generator().manual_seed(5)
+    shapes = (2, 20, 3, 7), (3, 2, 20), (2, 2, 3, 7)
+    features, weight, grad = (torch.randint(1, 4, shape, generator=draw).double() for shape in shapes)
+    winner = torch.randint(3, shapes[2], generator=draw)
+    features[0, 4, 1, 2], features[1, 7, 2, 6], features[1, 9, 0, 0] = torch.nan, torch.inf, -torch.inf
+    weight[2, 1] = torch.nan
+    winner[:, 1].clamp_(max=1)
+    winner[1, 1, 0, 3] = 2
+    won = torch.nn.functional.one_hot(winner, 3).bool()  # [N, L + 1, H, W, n]
+    rows = torch.stack([weight[winner[:, label], label] for label in range(2)], 1)  # [N, L + 1, H, W, C]
+    products = torch.where(won[:, :, None], (grad[:, :, None] * features[:, None])[..., None], 0.0)
+    expected = [
+        (grad[..., None] * rows).sum(1).movedim(-1, 1),
+        products.sum((0, 3, 4)).movedim(-1, 0),
+        torch.where(won, grad[..., None], 0.0).sum((0, 2, 3)).T,
+    ]
+    assert 0 < expected[1].isnan().sum() <= 2
+    found = torch.ops.camkernels.local_activations_bwd(
+        *(x.to(DEVICE, dtype) for x in (features, weight, grad)),
+        None,
+        winner.to(DEVICE, torch.uint8),
+        torch.zeros((2, 3, 7), dtype=torch.int32, device=DEVICE),
+        *(True, True, True, "triton"),
+    )
+    for value, exact in zip(found, expected, strict=True):
+        torch.testing.assert_close(value.cpu().double(), exact, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
