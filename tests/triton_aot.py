@@ -28,6 +28,7 @@ from triton.runtime.jit import JITFunction
 import camkernels
 import camkernels.triton
 from camkernels import _backend, transforms
+from camkernels.triton.front import HALF_TYPES
 
 CAPABILITIES = (80, 90, 100)
 POINTERS = {
@@ -36,10 +37,11 @@ POINTERS = {
     torch.float32: "*fp32",
     torch.float64: "*fp64",
     torch.int8: "*i8",
+    torch.uint8: "*u8",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
+OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
 ALIGNED = [["tt.divisibility", 16]]
 
 
@@ -212,6 +214,35 @@ def record() -> list[tuple[Any, ...]]:
                     reduction="none",
                 )
             )
+    for dtype, weight_dtype, layout, size, classifiers, classes, with_bias in (
+        (torch.float16, torch.float16, layouts[0], 14, 16, 201, True),
+        (torch.float32, torch.float32, layouts[0], 14, 16, 201, False),
+        (torch.bfloat16, torch.float32, layouts[1], 7, 5, 11, True),
+        (torch.float32, torch.float32, layouts[1], 80, 1, 201, True),
+    ):
+        leaves = [
+            torch.empty((classifiers, classes, *depth), dtype=weight_dtype, requires_grad=True)
+            for depth in ((256,), ())
+        ]
+        local = camkernels.fused_local_activations(
+            features_of(dtype, layout, size), leaves[0], leaves[1] if with_bias else None
+        )
+        backward(*(local if with_bias else local[:1]))
+    mask = torch.empty((2, 14, 14), dtype=torch.bool)
+    camkernels.attention_boxes(mask)
+    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(2, 4)
+    for dtype, layout in (*itertools.product(dtypes[0][:1], layouts), *zip(HALF_TYPES, layouts, strict=True)):
+        backward(camkernels.masked_max_pool(features_of(dtype, layout, 14), mask))
+        backward(camkernels.crop_and_zoom(features_of(dtype, layout, 224, 3), whole, 112))
+    for dtype, classes, bins in (
+        (torch.float32, 201, 256),
+        (torch.float32, 1001, 4096),
+        (torch.float32, 2000, 2),
+        (torch.bfloat16, 201, 256),
+    ):
+        activations = features_of(dtype, torch.contiguous_format, 14, classes)
+        camkernels.otsu_mask(activations[:, 0], bins=bins)
+        backward(camkernels.local_level_loss(activations, mask, torch.zeros(2, dtype=torch.int64)))
     return list(launches.values())
 
 
