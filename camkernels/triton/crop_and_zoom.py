@@ -1,8 +1,8 @@
 """A box of each image, resampled: kernels and launchers.
 
-Images are planes of rows as in ``cam_erase``. Output j of an axis reads it at j * step + origin. Backward
-inverts that: a pixel gathers from the run of outputs that read it, in their order, so nothing is added up
-between programs.
+Images are planes of rows as in ``cam_erase``. Output j of an axis reads it at (j + 0.5) * step + origin, held
+inside. Backward inverts that: a pixel gathers from the run of outputs that read it, in their order, so that
+programs have nothing to add up between them.
 """
 
 import triton
@@ -11,13 +11,15 @@ from torch import Tensor
 
 from camkernels.triton.cam_erase import planes_of, tile_width
 from camkernels.triton.front import narrow, on_device_of, power_of_two, registers, resample
-from camkernels.triton.transform import border_taps, row_values
+from camkernels.triton.transform import border_taps, held_inside, row_values
 
 
 @triton.jit
-def box_of(boxes_ptr, image):
-    """Origin and extent of rows and of columns, in fractions, and whether that is a box; in place of one that
-    is none there is the whole image, which keeps all reads in bounds."""
+def box_axes(boxes_ptr, image, height, width, ratio_y, ratio_x):
+    """Origin and step of rows and of columns, and whether the box is one.
+
+    In place of one that is none there is the whole image, so that all reads stay in bounds.
+    """
     boxes_ptr += image * 4
     x0, y0 = tl.load(boxes_ptr), tl.load(boxes_ptr + 1)
     x1, y1 = tl.load(boxes_ptr + 2), tl.load(boxes_ptr + 3)
@@ -25,22 +27,18 @@ def box_of(boxes_ptr, image):
     is_box = is_box & (tl.abs(y0) < float("inf")) & (tl.abs(y1) < float("inf")) & (y1 > y0)
     x0, x1 = tl.where(is_box, x0, 0.0), tl.where(is_box, x1, 1.0)
     y0, y1 = tl.where(is_box, y0, 0.0), tl.where(is_box, y1, 1.0)
-    return y0, y1 - y0, x0, x1 - x0, is_box
+    return y0 * height - 0.5, (y1 - y0) * ratio_y, x0 * width - 0.5, (x1 - x0) * ratio_x, is_box
 
 
 @triton.jit
-def output_taps(output, begin, extent, ratio, size):
-    """The two cells that an output reads, and the weight of the second; ``ratio`` is size / outputs."""
-    step = extent * ratio
-    return border_taps((output.to(tl.float32) + 0.5) * step + (begin * size - 0.5), size)
+def source_of(output, origin, step):
+    return (output.to(tl.float32) + 0.5) * step + origin
 
 
 @triton.jit
-def readers(cell, begin, extent, ratio, size, outputs):
+def readers(cell, origin, step, size, outputs):
     """First and end of a run of outputs that holds all which read a cell; none for what is no cell."""
-    step = extent * ratio
-    origin = begin * size - 0.5
-    # Wider by what rounding may do: to positions, which are as large as origin and size, and to outputs.
+    # Wider by what rounding may do: to places, which are as large as origin and size, and to outputs.
     slack = (tl.abs(origin) + size) * 1e-6 / step + outputs * 1e-6
     first = tl.ceil((cell - 1 - origin) / step - 0.5 - slack)
     end = tl.floor((cell + 1 - origin) / step - 0.5 + slack) + 1
@@ -52,11 +50,11 @@ def readers(cell, begin, extent, ratio, size, outputs):
 
 
 @triton.jit
-def share_of(output, end, cell, begin, extent, ratio, size):
-    """What an output gives back to a cell of its value, and whether it read the cell."""
-    low, high, weight = output_taps(output, begin, extent, ratio, size)
-    share = tl.where(low == cell, 1.0 - weight, 0.0) + tl.where(high == cell, weight, 0.0)
-    return share, (output < end) & ((low == cell) | (high == cell))
+def share_of(output, end, cell, origin, step, size):
+    """The weight of a cell in an output, and whether the output read the cell."""
+    distance = held_inside(source_of(output, origin, step), size) - cell
+    # A cell one below is the second tap of weight 0: what PyTorch reads too, and a NaN comes back from there.
+    return 1.0 - tl.abs(distance), (output < end) & (distance >= -1.0) & (distance < 1.0)
 
 
 @triton.jit
@@ -83,9 +81,11 @@ def crop_and_zoom_kernel(
     y = program // tiles_x % tiles_y * BLOCK_H + tl.arange(0, BLOCK_H)
     column = program % tiles_x * BLOCK_W + tl.arange(0, BLOCK_W)
     inside = (y < height)[:, None] & (column < length)[None, :]
-    begin_y, extent_y, begin_x, extent_x, is_box = box_of(boxes_ptr, image)
-    low_y, high_y, weight_y = output_taps(y, begin_y, extent_y, ratio_y, image_height)
-    low_x, high_x, weight_x = output_taps(column // GROUP, begin_x, extent_x, ratio_x, image_width)
+    origin_y, step_y, origin_x, step_x, is_box = box_axes(
+        boxes_ptr, image, image_height, image_width, ratio_y, ratio_x
+    )
+    low_y, high_y, weight_y = border_taps(source_of(y, origin_y, step_y), image_height)
+    low_x, high_x, weight_x = border_taps(source_of(column // GROUP, origin_x, step_x), image_width)
     channel = column % GROUP
     low, high = (low_x * GROUP + channel)[None, :], (high_x * GROUP + channel)[None, :]
     image_length = tl.cast(image_width, tl.int64) * GROUP
@@ -126,9 +126,11 @@ def crop_and_zoom_bwd_kernel(
     column = program % tiles_x * BLOCK_W + tl.arange(0, BLOCK_W)
     inside = (y < image_height)[:, None] & (column < image_length)[None, :]
     x = column // GROUP
-    begin_y, extent_y, begin_x, extent_x, is_box = box_of(boxes_ptr, image)
-    first_y, end_y = readers(y, begin_y, extent_y, ratio_y, image_height, height)
-    first_x, end_x = readers(x, begin_x, extent_x, ratio_x, image_width, width)
+    origin_y, step_y, origin_x, step_x, is_box = box_axes(
+        boxes_ptr, image, image_height, image_width, ratio_y, ratio_x
+    )
+    first_y, end_y = readers(y, origin_y, step_y, image_height, height)
+    first_x, end_x = readers(x, origin_x, step_x, image_width, width)
     most_y, most_x = tl.max(end_y - first_y, 0), tl.max(end_x - first_x, 0)
     length = tl.cast(width, tl.int64) * GROUP
     grad_ptr += image * planes * height * length
@@ -137,12 +139,12 @@ def crop_and_zoom_bwd_kernel(
     for _ in range(planes):
         sums = tl.zeros([BLOCK_H, BLOCK_W], tl.float32)
         for row in range(most_y):
-            share_y, read_y = share_of(first_y + row, end_y, y, begin_y, extent_y, ratio_y, image_height)
+            share_y, read_y = share_of(first_y + row, end_y, y, origin_y, step_y, image_height)
             row_ptr = grad_ptr + ((first_y + row) * length)[:, None]
             row_sums = tl.zeros([BLOCK_H, BLOCK_W], tl.float32)
             for place in range(most_x):
                 output = first_x + place
-                share_x, read_x = share_of(output, end_x, x, begin_x, extent_x, ratio_x, image_width)
+                share_x, read_x = share_of(output, end_x, x, origin_x, step_x, image_width)
                 read = read_y[:, None] & read_x[None, :]
                 ptrs = row_ptr + (output * GROUP + column % GROUP)[None, :]
                 grad = tl.load(ptrs, mask=read, other=0.0).to(tl.float32)

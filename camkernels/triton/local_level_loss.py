@@ -103,7 +103,7 @@ def local_level_loss_kernel(
 
 @triton.jit
 def store_gradient(grad_ptr, values, shift, total, label, wanted, factor, pixel, classes, pixels):
-    softmax = tl.div_rn(tl.exp(values - shift[None, :]), total[None, :])
+    softmax = tl.exp(values - shift[None, :]) * tl.div_rn(1.0, total)[None, :]
     grad = factor[None, :] * (softmax - (label[:, None] == wanted[None, :]).to(tl.float32))
     stored = (label < classes)[:, None] & (pixel < pixels)[None, :]
     ptrs = grad_ptr + label.to(tl.int64)[:, None] * pixels + pixel[None, :]
@@ -205,6 +205,6 @@ def local_level_loss_bwd(
             WHOLE=classes <= block_l,
             BLOCK_L=block_l,
             BLOCK_P=block_p,
-            num_warps=power_of_two(block_l * block_p // 2048, 4, 8),
+            num_warps=power_of_two(block_l * block_p // 1024, 4, 16),
             **registers(128),
         )

@@ -54,40 +54,66 @@ def bin_of(values, low, high, bins):
 
 
 @triton.jit
-def best_bin(
-    counts,  # [BINS] int32
-    center,  # [BINS]
-    scratch_ptr,  # [6, bins] float32: counts, sums, and what has been added up of either from both ends
+def store_histogram(
+    map_ptr,  # [P]
+    scratch_ptr,  # [6, bins]
+    pixels,
+    low,
+    high,
     bins,
+    BLOCK: tl.constexpr,
     BINS: tl.constexpr,
 ):
-    """The bin up to which values are one class, so that the variance between the two is the greatest."""
-    index = tl.arange(0, BINS)
-    count = counts.to(tl.float32)
-    tl.store(scratch_ptr + index, count, mask=index < bins)
-    tl.store(scratch_ptr + bins + index, count * center, mask=index < bins)
-    tl.debug_barrier()  # from here on memory is read by other threads than wrote it
-    lane = tl.arange(0, 4)  # counts from the left, from the right; sums from the left, from the right
+    """Rows 0 and 1 of the scratch memory: how many values each bin has, and that times the bin's center."""
+    lane = tl.arange(0, BLOCK)
+    for first_bin in range(0, bins, BINS):
+        counts = tl.zeros([BINS], tl.int32)
+        for first in range(0, pixels, BLOCK):
+            inside = first + lane < pixels
+            values = tl.load(map_ptr + first + lane, mask=inside, other=0.0).to(tl.float32)
+            index = bin_of(tl.where(inside, values, low), low, high, bins) - first_bin
+            here = inside & (index >= 0) & (index < BINS)
+            counts += tl.histogram(tl.where(here, index, 0), BINS, here)
+        index = first_bin + tl.arange(0, BINS)
+        begin, end = edges_of(tl.minimum(index, bins - 1), low, high, bins)
+        count = counts.to(tl.float32)
+        tl.store(scratch_ptr + index, count, mask=index < bins)
+        tl.store(scratch_ptr + bins + index, count * ((begin + end) * 0.5), mask=index < bins)
+
+
+@triton.jit
+def store_running_sums(scratch_ptr, bins):
+    """Rows 2 to 5: rows 0 and 1 added up from the left and from the right, one after another."""
+    lane = tl.arange(0, 4)  # row 0 from the left, row 0 from the right; row 1 likewise
     from_right = lane % 2 == 1
     step = tl.where(from_right, -1, 1)
-    source = scratch_ptr + lane // 2 * bins + tl.where(from_right, bins - 1, 0)
+    row_ptr = scratch_ptr + lane // 2 * bins + tl.where(from_right, bins - 1, 0)
     total_ptr = scratch_ptr + (2 + lane) * bins + tl.where(from_right, bins - 1, 0)
     total = tl.zeros([4], tl.float32)
     for _ in range(bins):
-        total += tl.load(source)
+        total += tl.load(row_ptr)
         tl.store(total_ptr, total)
-        source += step
+        row_ptr += step
         total_ptr += step
-    tl.debug_barrier()
-    counted = index < bins - 1
-    below = tl.load(scratch_ptr + 2 * bins + index, mask=counted, other=1.0)
-    above = tl.load(scratch_ptr + 3 * bins + index + 1, mask=counted, other=1.0)
-    sum_below = tl.load(scratch_ptr + 4 * bins + index, mask=counted, other=0.0)
-    sum_above = tl.load(scratch_ptr + 5 * bins + index + 1, mask=counted, other=0.0)
-    difference = tl.div_rn(sum_below, below) - tl.div_rn(sum_above, above)
-    variance = below * above * (difference * difference)
-    tl.debug_barrier()  # the next map's counts take the place of these
-    _, best = first_largest(tl.where(counted, sortable(variance), NONE), index, 0)
+
+
+@triton.jit
+def best_bin(scratch_ptr, bins, BINS: tl.constexpr):
+    """The last bin of the lower class, where the variance between the classes is the greatest."""
+    best_key = NONE
+    best = 0
+    for first in range(0, bins - 1, BINS):
+        index = first + tl.arange(0, BINS)
+        counted = index < bins - 1
+        below = tl.load(scratch_ptr + 2 * bins + index, mask=counted, other=1.0)
+        above = tl.load(scratch_ptr + 3 * bins + index + 1, mask=counted, other=1.0)
+        sum_below = tl.load(scratch_ptr + 4 * bins + index, mask=counted, other=0.0)
+        sum_above = tl.load(scratch_ptr + 5 * bins + index + 1, mask=counted, other=0.0)
+        difference = tl.div_rn(sum_below, below) - tl.div_rn(sum_above, above)
+        variance = below * above * (difference * difference)
+        key, place = first_largest(tl.where(counted, sortable(variance), NONE), index, 0)
+        best = tl.where(key > best_key, place, best)
+        best_key = tl.maximum(best_key, key)
     return best
 
 
@@ -118,15 +144,13 @@ def otsu_mask_kernel(
         threshold = low
         span = high - low
         if (span > 0.0) & (span < float("inf")):
-            counts = tl.zeros([BINS], tl.int32)
-            for first in range(0, pixels, BLOCK):
-                inside = first + lane < pixels
-                values = tl.load(map_ptr + first + lane, mask=inside, other=0.0).to(tl.float32)
-                index = bin_of(tl.where(inside, values, low), low, high, bins)
-                counts += tl.histogram(index, BINS, inside)
-            begin, end = edges_of(tl.minimum(tl.arange(0, BINS), bins - 1), low, high, bins)
-            best = best_bin(counts, (begin + end) * 0.5, scratch_ptr, bins, BINS)
-            begin, end = edges_of(best, low, high, bins)
+            # Each step reads what other threads wrote in the one before; the first, what the last map needed.
+            tl.debug_barrier()
+            store_histogram(map_ptr, scratch_ptr, pixels, low, high, bins, BLOCK, BINS)
+            tl.debug_barrier()
+            store_running_sums(scratch_ptr, bins)
+            tl.debug_barrier()
+            begin, end = edges_of(best_bin(scratch_ptr, bins, BINS), low, high, bins)
             threshold = (begin + end) * 0.5
         elif span != 0.0:  # a NaN, or no finite range
             threshold = float("nan")
@@ -147,7 +171,7 @@ def otsu_mask_fwd(
 ) -> None:
     number, pixels = maps.shape
     programs = min(number, PROGRAMS)
-    block_bins = power_of_two(bins, 128, 4096)
+    block_bins = power_of_two(bins, 128, 1024)
     with on_device_of(maps):
         otsu_mask_kernel[(programs,)](
             maps,
@@ -157,8 +181,8 @@ def otsu_mask_fwd(
             number,
             pixels,
             bins,
-            # At least a value for each thread. Counting takes instructions by values and bins.
-            BLOCK=power_of_two(pixels, 128, max(128, 2**17 // block_bins)),
+            # At least a value for each thread; counting takes instructions for every value times its bins.
+            BLOCK=power_of_two(pixels, 128, 2**17 // block_bins),
             BINS=block_bins,
             num_warps=4,
             enable_fp_fusion=False,

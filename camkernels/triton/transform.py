@@ -14,11 +14,16 @@ SHIFTS = ["offset_y", "begin_y", "end_y", "offset_x", "begin_x", "end_x"]
 
 
 @triton.jit
-def border_taps(source, size):
-    """The two cells read at a place between cells, and the weight of the second; outside lies the border."""
-    # Not maximum: a NaN, of a matrix that holds one, must not become an index.
+def held_inside(source, size):
+    """A place between cells, moved to the border from outside; from NaN, which must be no index, to 0."""
     source = tl.where(source > 0.0, source, 0.0)
-    source = tl.where(source < size - 1.0, source, size - 1.0)
+    return tl.where(source < size - 1.0, source, size - 1.0)
+
+
+@triton.jit
+def border_taps(source, size):
+    """The two cells read at a place between cells, and the weight of the second."""
+    source = held_inside(source, size)
     low = tl.minimum(source.to(tl.int32), size - 1)
     return low, tl.minimum(low + 1, size - 1), (source - low).to(tl.float32)
 
