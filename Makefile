@@ -8,13 +8,14 @@ CPP := $(shell find csrc tests/cuda_emulator -name '*.h' -o -name '*.cpp' -o -na
 # A change of these rebuilds the extension, as a change of its sources does.
 SETTINGS := $(CAMKERNELS_CUDA)|$(CAMKERNELS_DEBUG)|$(TORCH_CUDA_ARCH_LIST)|$(CUDA_HOME)|$(CXX)
 
-.PHONY: FORCE help install test demo demo-vac demo-i2c demo-hnc bench lint format gpu clean
+.PHONY: FORCE help install test demo demo-vac demo-i2c demo-hnc demo-dla bench lint format gpu clean
 
 help:
 	@echo "make demo     train with PCL on real images, write demo/"
 	@echo "make demo-vac the same with VAC on images of several classes, write demo-vac/"
 	@echo "make demo-i2c the same with I2C on images of one object, found by its box, write demo-i2c/"
 	@echo "make demo-hnc the same with HNC on images of one class and of several, write demo-hnc/"
+	@echo "make demo-dla the same with DLA on images of one small object, at two scales, write demo-dla/"
 	@echo "make test     the whole test suite"
 	@echo "make bench    benchmarks of this machine, and their report"
 	@echo "make lint     ruff, clang-format, mypy"
@@ -51,6 +52,9 @@ demo-i2c: install
 demo-hnc: install
 	$(PY) examples/train_digit_scenes.py --method hnc --output demo-hnc
 
+demo-dla: install
+	$(PY) examples/train_digit_scenes.py --method dla --output demo-dla
+
 bench: install
 	$(PY) -m pytest benchmarks --rows all --results benchmarks/results
 	$(PY) benchmarks/report.py
@@ -71,4 +75,4 @@ gpu:
 	PYTHON=$(PYTHON) tools/gpu.sh $(RESULTS) compile
 
 clean:
-	rm -rf build $(VENV) demo demo-vac demo-i2c demo-hnc camkernels/*.so *.egg-info
+	rm -rf build $(VENV) demo demo-vac demo-i2c demo-hnc demo-dla camkernels/*.so *.egg-info

@@ -72,8 +72,11 @@ class Experiment(ABC, Generic[E]):
         return ()
 
     def stage(self, method: Method, scenes: Scenes) -> Stage:
-        """How one of the methods is trained."""
+        """How one of the methods is trained; asked for when those before it have been."""
         return Stage(method, scenes, self.options.epochs, self.options.learning_rate)
+
+    def trained(self, network: Network, stage: Stage, standardise: Standardise) -> None:
+        """Told of each network in every process, before the next stage is asked for."""
 
     @abstractmethod
     def evaluate(self, network: Network, method: Method, scenes: Scenes, standardise: Standardise) -> E:

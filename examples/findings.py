@@ -37,6 +37,16 @@ def verdict(change: float, error: float) -> str:
     return "the claim did NOT show here, the change is within two standard errors"
 
 
+def compare_right(before: Tensor, after: Tensor) -> str:
+    """The change of accuracy from what was right to what is, both [N] bool, in words, and whether it is the
+    claimed rise."""
+    change, error = paired(before, after)
+    old, new = (percent(right.double().mean().item()) for right in (before, after))
+    return (
+        f"from {old} % to {new} % ({100 * change:+.1f} ± {100 * error:.2g} points): {verdict(change, error)}"
+    )
+
+
 def mean_average_precision(probability: Tensor, target: Tensor) -> float:
     """The mean over those labels that some image has; both are [N, L]."""
     known = target.any(0)

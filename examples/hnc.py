@@ -11,7 +11,15 @@ import torch
 import torch.nn.functional as F
 from digit_scenes import Scenes, digit_crops, digit_scenes, multi_label_scenes
 from experiment import Evaluation, Experiment, Pairs, TimedOp
-from findings import compare_map, mean_average_precision, paired, percent, resampled_error, verdict
+from findings import (
+    compare_map,
+    compare_right,
+    mean_average_precision,
+    paired,
+    percent,
+    resampled_error,
+    verdict,
+)
 from network import Network
 from option_types import above_zero, positive
 from pictures import HeatRow, save_heat_rows
@@ -153,12 +161,7 @@ def score_change(before: Tensor, after: Tensor, target: Tensor) -> str:
     rise."""
     if target.dim() == 2:
         return compare_map(before.sigmoid(), after.sigmoid(), target)
-    old, new = (logits.argmax(1) == target for logits in (before, after))
-    change, error = paired(old, new)
-    return (
-        f"from {percent(old.double().mean().item())} % to {percent(new.double().mean().item())} % "
-        f"({100 * change:+.1f} ± {100 * error:.2g} points): {verdict(change, error)}"
-    )
+    return compare_right(before.argmax(1) == target, after.argmax(1) == target)
 
 
 def peak_changes(before: HncEvaluation, after: HncEvaluation) -> list[str]:

@@ -20,12 +20,14 @@ PANEL = 2 * SIZE  # pixels; two for each of the image's, so that none is resampl
 
 @dataclass(frozen=True)
 class Column:
-    """One column of the picture: a heatmap over the image, or an image in its place."""
+    """One column of the picture: a heatmap over the image, an image in its place, or a heatmap over that."""
 
     heading: str
     heat: Tensor | None = None  # [R, H, W] in [0, 1]
     pixels: Tensor | None = None  # [R, 3, SIZE, SIZE] in [0, 1], or [R, SIZE, SIZE] for black and white
     prediction: Tensor | None = None  # [R]
+    true_boxes: Sequence[Box] = ()  # one for each row, white
+    boxes: Sequence[Box] = ()  # what was found, green
 
 
 def save_grid(path: Path, scenes: Scenes, columns: Sequence[Column]) -> None:
@@ -172,12 +174,16 @@ def _draw_box(axes: Axes, box: Box, inner: str, inner_width: float = 1.2) -> Non
 def _draw(
     axes: Axes, column: Column, row: int, image: np.ndarray[Any, Any], label: int, classes: Sequence[str]
 ) -> None:
+    if column.pixels is not None:
+        pixels = column.pixels[row]
+        image = pixels.permute(1, 2, 0).numpy() if pixels.dim() == 3 else pixels.numpy()
     if column.heat is not None:
         _draw_heat(axes, image, column.heat[row])
     elif column.pixels is not None:
-        pixels = column.pixels[row]
-        shown = pixels.permute(1, 2, 0).numpy() if pixels.dim() == 3 else pixels.numpy()
-        axes.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    for boxes, colour in ((column.true_boxes, "white"), (column.boxes, "#30ff30")):
+        if boxes:
+            _draw_box(axes, boxes[row], colour)
     if column.prediction is not None:
         predicted = int(column.prediction[row])
         right = predicted == label

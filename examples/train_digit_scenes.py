@@ -4,14 +4,15 @@
     python examples/train_digit_scenes.py --method vac        several classes in each scene, VAC
     python examples/train_digit_scenes.py --method i2c        one object in each scene, found by I2C
     python examples/train_digit_scenes.py --method hnc        one class in each scene, then several; HNC
+    python examples/train_digit_scenes.py --method dla        one small digit in each scene, at several scales
     python examples/train_digit_scenes.py --data photos/      one subfolder of images per class
     python examples/train_digit_scenes.py --device cuda --epochs 20
     torchrun --nproc-per-node 2 examples/train_digit_scenes.py --method i2c
 
 All runs start from the same weights and see the same batches; several processes share each batch. Tables are
-printed; the picture ``scenes.png`` and all numbers, ``results.json``, go to the folder ``demo``, those of vac
-and i2c to ``demo-vac`` and ``demo-i2c``, those of hnc to a folder for each of its two kinds of scenes in
-``demo-hnc``.
+printed; the picture ``scenes.png`` and all numbers, ``results.json``, go to the folder ``demo``, those of
+another method to a folder of its own such as ``demo-vac``, those of hnc to one for each of its two kinds of
+scenes in ``demo-hnc``.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from typing import Any
 import matplotlib
 import sklearn
 import torch
+from dla import DlaExperiment
 from experiment import Evaluation, Experiment
 from findings import op_sentence, op_table
 from hnc import MultiLabelHnc, SingleLabelHnc
@@ -46,6 +48,7 @@ from camkernels import fused_cam
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 # Done one after the other; the first of a method's experiments speaks for its options.
 EXPERIMENTS: dict[str, Sequence[type[Experiment[Any]]]] = {
+    "dla": (DlaExperiment,),
     "hnc": (SingleLabelHnc, MultiLabelHnc),
     "i2c": (I2cExperiment,),
     "pcl": (PclExperiment,),
@@ -136,7 +139,6 @@ def compare(experiment: Experiment[Any], options: argparse.Namespace, console: C
     start = experiment.network(len(train_scenes.classes))
     methods = experiment.methods(train_scenes)
     pretraining = experiment.pretraining(train_scenes)
-    stages = {name: experiment.stage(method, train_scenes) for name, method in methods.items()}
     for module in (start, *methods.values()):
         # channels_last: on the CPU a step is faster by a third, and camkernels reads it in place.
         module.to(options.device).to(memory_format=torch.channels_last)
@@ -165,13 +167,15 @@ def compare(experiment: Experiment[Any], options: argparse.Namespace, console: C
 
         for stage in pretraining:
             run(start, stage)
-        for name, stage in stages.items():
+        for name, method in methods.items():
             networks[name] = copy.deepcopy(start)
+            stage = experiment.stage(method, train_scenes)
             record = run(networks[name], stage)
+            experiment.trained(networks[name], stage, standardise)
             if world().rank > 0:
                 continue  # the first process looks at what they trained together
-            evaluations[name] = experiment.evaluate(networks[name], stage.method, test_scenes, standardise)
-            runs[name] = {"title": stage.method.title, **evaluations[name].summary(), **record}
+            evaluations[name] = experiment.evaluate(networks[name], method, test_scenes, standardise)
+            runs[name] = {"title": method.title, **evaluations[name].summary(), **record}
 
     pairs = {name: (networks[name], methods[name]) for name in methods}
     part = own_share(torch.arange(min(options.batch_size, len(train_scenes.labels))))

@@ -23,7 +23,7 @@ FEWEST_CALLS = 20  # of an op that is timed
 
 
 class Method(nn.Module, ABC):
-    """A way to train the network, with what training adds to it. Inference never needs it."""
+    """A way to train the network, with what it adds to it."""
 
     title: str
 
