@@ -260,9 +260,10 @@ class ChannelGradients {
 
   // For slopes [classes listed][cells], times factors [classes listed] if given: adds slopes * values to the
   // weight's gradient, if that is wanted, `values` being rows of channels; writes W^T slopes to `to`,
-  // [cells][kChannelBlock], if given.
+  // [cells][kChannelBlock], if given. Calls between() after every tile.
+  template <typename Between>
   void add(const ClassList& classes, const Real* slopes, const Real* factors, int64_t cells,
-           const Cells<Real>& values, Real* to, Ahead& ahead) {
+           const Cells<Real>& values, Real* to, Between&& between) {
     ClassList part{};
     for (int64_t first = 0; first < classes.count; first += part.count) {
       part = classes.part(first, kClassBlock);
@@ -283,14 +284,14 @@ class ChannelGradients {
           copy_row(weight_.get() + part[i] * width_, rows_.get() + i * width_);
         }
         product<Real>({rows, 1, cells}, weight, width_, to, kChannelBlock, cells, part.count, width_,
-                      first == 0, ahead);
+                      first == 0, between);
       }
       if (!need_weight()) continue;
       Real* sums = gathered ? products_.get() : sums_.get() + part.first * width_;
       // Slices of cells: a single sum over a large map would lose digits.
       for (int64_t cell = 0; cell < cells; cell += kCellBlock) {
         product<Real>({rows + cell, cells, 1}, values.at(cell), values.stride, sums, width_, part.count,
-                      std::min(kCellBlock, cells - cell), width_, gathered && cell == 0, ahead);
+                      std::min(kCellBlock, cells - cell), width_, gathered && cell == 0, between);
       }
       for (int64_t i = 0; gathered && i < part.count; ++i) {
         add_row(products_.get() + i * width_, sums_.get() + part[i] * width_);

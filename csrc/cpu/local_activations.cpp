@@ -88,9 +88,7 @@ void local_activations_bwd_cpu(const Tensor& features, const Tensor& weight,
     const int64_t channels = p.classifier.channels, blocks = ceil_div(channels, kChannelBlock);
     const int64_t cost = p.columns() * p.classes() * kChannelBlock / 8;
     torch::stable::parallel_for(0, blocks, grain(cost), [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) {
-        kernels().local_activations_bwd(p, b * kChannelBlock, std::min(channels, (b + 1) * kChannelBlock));
-      }
+      kernels().local_activations_bwd(p, begin * kChannelBlock, std::min(channels, end * kChannelBlock));
     });
   }
   sums.finish();
