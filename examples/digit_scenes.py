@@ -53,7 +53,7 @@ SEVERAL_CLASSES = Style(instances=(1, 2), mirrored=True)
 ONE_OBJECT = Style(instances=(1, 1), digit_size=(28, 44), fragments=(2, 4), chalk=True)
 ALONE = Style(instances=(1, 1), digit_size=(28, 44), fragments=(0, 0), chalk=True, size=56)
 FINE_GRAINED = Style(
-    instances=(1, 1), digit_size=(48, 80), fragments=(1, 3), chalk=True, strokes=True, size=2 * SIZE
+    instances=(1, 1), digit_size=(48, 80), fragments=(1, 2), chalk=True, strokes=True, size=2 * SIZE
 )
 FINE_ALONE = replace(FINE_GRAINED, digit_size=(24, 48), fragments=(0, 0), size=56)
 

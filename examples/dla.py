@@ -28,6 +28,7 @@ LAST_WIDTH = 128
 PICTURE_RATE = 0.05
 # Of the usual start of a linear layer: features after the last ReLU are large, and their maxima larger.
 SMALL = 0.1
+MARGIN = 0.05  # around an attended box, in units of its longer side
 PAPER_IOU = 0.54
 PICTURE_IMAGES = 4
 OVER_SCALES = "_over_scales"  # ends the keys of what several scales say together
@@ -187,6 +188,16 @@ def normalised(maps: Tensor) -> Tensor:
     return (maps - low) / (high - low).clamp_min(1e-6)
 
 
+def squared(boxes: Tensor) -> Tensor:
+    """The smallest square around each box and its margin, moved or cut to lie in the image: [N, 4]. A box as
+    it is would be stretched, and a digit with it."""
+    low, high = boxes[:, :2], boxes[:, 2:]
+    side = ((1 + 2 * MARGIN) * (high - low).amax(1, keepdim=True)).clamp_max(1)
+    corner = ((low + high - side) / 2).clamp_min(0)
+    corner = torch.minimum(corner, 1 - side)
+    return torch.cat([corner, corner + side], 1)
+
+
 def whole(images: Tensor) -> Tensor:
     """[N, 4]"""
     return torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(len(images), 1)
@@ -221,9 +232,13 @@ class View:
         original = replace(self.original, images=images, labels=labels)
         return replace(self, original=original, boxes=self.boxes[:count])
 
+    def attended(self, mask: Tensor) -> Tensor:
+        """The boxes of masks of what is seen: [N, 4], fractions of the original."""
+        return inside(self.boxes, attention_boxes(mask.to(self.device)).cpu())
+
     def closer(self, mask: Tensor) -> "View":
-        """On the attended regions."""
-        return replace(self, boxes=inside(self.boxes, attention_boxes(mask.to(self.device)).cpu()))
+        """What the next scale sees."""
+        return replace(self, boxes=squared(self.attended(mask)))
 
 
 @dataclass(frozen=True)
@@ -343,15 +358,14 @@ class DlaExperiment(Experiment[DlaEvaluation]):
         view = self.test_views[method.scale - 1]
         seen = scenes if method.scale == 1 else view.seen()
         told = predict(network, method, seen, standardise)
-        attended = None if told.mask is None else view.closer(told.mask)
         if method.leads:
-            assert attended is not None
-            self.test_views.append(attended)
+            assert told.mask is not None
+            self.test_views.append(view.closer(told.mask))
             self.predictions.append(told)
         return DlaEvaluation(
             target=scenes.labels,
             scales=[*self.predictions[: method.scale - 1], told],
-            boxes=None if attended is None else attended.boxes,
+            boxes=None if told.mask is None else view.attended(told.mask),
             truth=true_boxes(view.original),
         )
 
@@ -454,15 +468,18 @@ class DlaExperiment(Experiment[DlaEvaluation]):
             assert told.attention is not None
             assert told.mask is not None
             attention, mask = told.attention[:PICTURE_IMAGES], told.mask[:PICTURE_IMAGES]
+            seen = view.seen().images / 255
+            if number > 1:
+                columns.append(Column(f"scale {number}", pixels=seen))
             columns += [
                 Column(
-                    f"scale {number}: attention",
+                    "attention",
                     heat=normalised(attention),
-                    pixels=view.seen().images / 255,
+                    pixels=seen,
                     prediction=told.averaged()[:PICTURE_IMAGES].argmax(1),
                 ),
                 Column(
-                    "its mask",
+                    "mask, its box",
                     pixels=F.interpolate(mask[:, None].float(), (SIZE, SIZE))[:, 0],
                     true_boxes=in_pixels(within(view.boxes, truth)),
                     boxes=in_pixels(attention_boxes(mask)),

@@ -26,7 +26,7 @@ class Column:
     heat: Tensor | None = None  # [R, H, W] in [0, 1]
     pixels: Tensor | None = None  # [R, 3, SIZE, SIZE] in [0, 1], or [R, SIZE, SIZE] for black and white
     prediction: Tensor | None = None  # [R]
-    true_boxes: Sequence[Box] = ()  # one for each row, white
+    true_boxes: Sequence[Box] = ()  # one for each row, red
     boxes: Sequence[Box] = ()  # what was found, green
 
 
@@ -181,9 +181,9 @@ def _draw(
         _draw_heat(axes, image, column.heat[row])
     elif column.pixels is not None:
         axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    for boxes, colour in ((column.true_boxes, "white"), (column.boxes, "#30ff30")):
+    for boxes, colour in ((column.true_boxes, "#ff3030"), (column.boxes, "#30ff30")):
         if boxes:
-            _draw_box(axes, boxes[row], colour)
+            _draw_box(axes, boxes[row], colour, 2)
     if column.prediction is not None:
         predicted = int(column.prediction[row])
         right = predicted == label
