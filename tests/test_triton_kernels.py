@@ -522,6 +522,18 @@ def test_local_activations_are_one_launch(started, images, classifiers, parts):
         assert [kernel for kernel in started if kernel != "sum_parts_kernel"] == [name]
 
 
+@pytest.mark.parametrize("value", [1.0, torch.nan])
+def test_equal_activations_of_several_products(value):
+    """More classifiers than one product takes, and more classes: of equal ones the first still wins."""
+    weight = torch.zeros((18, 20, 2), device=DEVICE)
+    weight[1:, 3:] = value
+    *_, winner, attention_class = torch.ops.camkernels.local_activations_fwd(
+        torch.ones((1, 2, 1, 3), device=DEVICE), weight, None, True, "triton"
+    )
+    assert winner[0, :, 0, 0].tolist() == [0] * 3 + [1] * 17
+    assert attention_class.tolist() == [[[3, 3, 3]]]
+
+
 @may_hold_infinities
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_what_did_not_win_adds_nothing(dtype):

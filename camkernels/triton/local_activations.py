@@ -234,8 +234,8 @@ def gradients_of_rows(
     classifier = first_classifier + tl.arange(0, BLOCK_N)
     won = winner[:, None, :] == classifier[None, :, None]  # [BLOCK_L, BLOCK_N, P]
     grad = tl.where(won, grad[:, None, :], 0.0)
-    shape: tl.constexpr = [BLOCK_L * BLOCK_N, cell.shape[0]]
-    return tl.reshape(grad, shape), tl.reshape(won, shape)
+    grad = tl.reshape(grad, [BLOCK_L * BLOCK_N, cell.shape[0]])
+    return grad, tl.reshape(won, [BLOCK_L * BLOCK_N, cell.shape[0]])
 
 
 @triton.jit
@@ -451,7 +451,9 @@ def local_activations_bwd(
     upstream = grad_activations, grad_attention, winner, attention_class
     with on_device_of(features):
         if need_features:
-            block_c = power_of_two(channels, 16, 64)
+            # Loads of single values need an address for each.
+            most_channels, limit = (16, 255) if channels % 16 else (64, 128)
+            block_c = power_of_two(channels, 16, most_channels)
             local_features_bwd_kernel[(triton.cdiv(cells, 64) * triton.cdiv(channels, block_c),)](
                 weight,
                 *upstream,
@@ -464,7 +466,7 @@ def local_activations_bwd(
                 BLOCK_C=block_c,
                 BLOCK_P=64,
                 num_warps=4,
-                **registers(128),
+                **registers(limit),
             )
         if need_weight:
             # A product of two half types is exact in float32; any other pair is widened first.
