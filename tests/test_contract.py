@@ -9,11 +9,14 @@ from torch.library import opcheck
 
 import camkernels
 from camkernels import (
+    crop_and_zoom,
     focus_area,
     fused_cam,
     fused_cam_erase,
     fused_cam_seeds,
     fused_cam_transform_mse,
+    fused_local_activations,
+    masked_max_pool,
     reference,
     stochastic_consistency,
 )
@@ -538,6 +541,16 @@ def test_more_than_int32_elements_are_addressed_in_64_bits():
     heat = features[-1, :, -1, -8:].double().sum(0)
     assert torch.equal(mask[-1, -1, -8:], heat > heat.sum() / side**2)
     assert coverage.tolist() == pytest.approx([0, 0, 0, 0, mask[-1].sum().item() / side**2])
+
+    pooled = masked_max_pool(features, mask)
+    attended = features[-1, :, -1, -8:] * mask[-1, -1, -8:]
+    assert torch.equal(pooled[-1], attended.amax(-1).clamp_min(0))
+    assert not pooled[:-1].any()
+    activations, _ = fused_local_activations(features, weight[None])
+    assert torch.allclose(activations[-1, 1, -1, -8:].double(), truth, rtol=2e-3, atol=2e-2)
+    corner = torch.tensor([1 - 8 / side, 1 - 1 / side, 1, 1]).expand(images, 4)
+    zoomed = crop_and_zoom(features, corner, (1, 8))
+    assert torch.allclose(zoomed[-1, :, 0], features[-1, :, -1, -8:], rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
