@@ -116,6 +116,7 @@ def crop_and_zoom_bwd_kernel(
     GROUP: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     program = tl.program_id(0)
     image_length = image_width * GROUP
@@ -131,26 +132,25 @@ def crop_and_zoom_bwd_kernel(
     )
     first_y, end_y = readers(y, origin_y, step_y, image_height, height)
     first_x, end_x = readers(x, origin_x, step_x, image_width, width)
-    most_y, most_x = tl.max(end_y - first_y, 0), tl.max(end_x - first_x, 0)
+    most_y, most_x = tl.max(end_y - first_y, 0), tl.maximum(tl.max(end_x - first_x, 0), 1)
     length = tl.cast(width, tl.int64) * GROUP
     grad_ptr += image * planes * height * length
     offset = image * planes * image_height * image_length
     offset += y.to(tl.int64)[:, None] * image_length + column[None, :]
     for _ in range(planes):
-        sums = tl.zeros([BLOCK_H, BLOCK_W], tl.float32)
-        for row in range(most_y):
-            share_y, read_y = share_of(first_y + row, end_y, y, origin_y, step_y, image_height)
-            row_ptr = grad_ptr + ((first_y + row) * length)[:, None]
-            row_sums = tl.zeros([BLOCK_H, BLOCK_W], tl.float32)
-            for place in range(most_x):
-                output = first_x + place
-                share_x, read_x = share_of(output, end_x, x, origin_x, step_x, image_width)
-                read = read_y[:, None] & read_x[None, :]
-                ptrs = row_ptr + (output * GROUP + column % GROUP)[None, :]
-                grad = tl.load(ptrs, mask=read, other=0.0).to(tl.float32)
-                row_sums += share_x[None, :] * grad
-            sums += share_y[:, None] * row_sums
-        grad = tl.where(is_box, sums, float("nan"))
+        sums = tl.zeros([BLOCK_H, BLOCK_W, BLOCK_K], tl.float32)
+        for start in range(0, most_y * most_x, BLOCK_K):
+            # Some of the outputs that may have read a pixel, counted from its first row and column on.
+            place = (start + tl.arange(0, BLOCK_K))[None, :]
+            row = first_y[:, None] + place // most_x  # [BLOCK_H, BLOCK_K]
+            output = first_x[:, None] + place % most_x  # [BLOCK_W, BLOCK_K]
+            share_y, read_y = share_of(row, end_y[:, None], y[:, None], origin_y, step_y, image_height)
+            share_x, read_x = share_of(output, end_x[:, None], x[:, None], origin_x, step_x, image_width)
+            ptrs = grad_ptr + (row * length)[:, None, :]
+            ptrs += (output * GROUP + (column % GROUP)[:, None])[None, :, :]
+            grad = tl.load(ptrs, mask=read_y[:, None, :] & read_x[None, :, :], other=0.0)
+            sums += share_y[:, None, :] * share_x[None, :, :] * grad.to(tl.float32)
+        grad = tl.where(is_box, tl.sum(sums, 2), float("nan"))
         tl.store(grad_images_ptr + offset, narrow(grad, grad_images_ptr.dtype.element_ty), mask=inside)
         grad_ptr += height * length
         offset += tl.cast(image_height, tl.int64) * image_length
@@ -163,12 +163,15 @@ def launch(
     result: Tensor,  # [N, D, H, W], of which a program has a tile
     images: Tensor,  # whichever of the two is not zoomed
     zoomed: Tensor,
+    block: int,  # values of a tile
+    num_warps: int,
+    **options: int,
 ) -> None:
     number, _, height, width = result.shape
     # Of one pixel all layouts are the same; the other one tells.
     planes, group = planes_of(source if source.shape[2] * source.shape[3] > 1 else result)
     block_w = tile_width(width * group, result.element_size())
-    block_h = power_of_two(height, 1, 1024 // block_w)
+    block_h = power_of_two(height, 1, block // block_w)
     with on_device_of(source):
         kernel[(number * triton.cdiv(height, block_h) * triton.cdiv(width * group, block_w),)](
             source,
@@ -182,7 +185,8 @@ def launch(
             GROUP=group,
             BLOCK_H=block_h,
             BLOCK_W=block_w,
-            num_warps=4,
+            **options,
+            num_warps=num_warps,
             **registers(128),
         )
 
@@ -194,7 +198,7 @@ def crop_and_zoom_fwd(
     width: int,
     zoomed: Tensor,  # [N, D, h, w]
 ) -> None:
-    launch(crop_and_zoom_kernel, images, boxes, zoomed, images, zoomed)
+    launch(crop_and_zoom_kernel, images, boxes, zoomed, images, zoomed, 1024, 4)
 
 
 def crop_and_zoom_bwd(
@@ -204,4 +208,4 @@ def crop_and_zoom_bwd(
     width: int,
     grad_images: Tensor,  # [N, D, H0, W0]
 ) -> None:
-    launch(crop_and_zoom_bwd_kernel, grad, boxes, grad_images, grad_images, grad)
+    launch(crop_and_zoom_bwd_kernel, grad, boxes, grad_images, grad_images, grad, 512, 8, BLOCK_K=8)

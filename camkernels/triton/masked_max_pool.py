@@ -20,6 +20,12 @@ from camkernels.triton.front import (
 
 
 @triton.jit
+def times_zero(values):
+    """Not 0 itself: outside the mask too a NaN or an infinity must show."""
+    return tl.where(tl.abs(values) < float("inf"), 0.0, float("nan"))
+
+
+@triton.jit
 def masked_max_pool_kernel(
     features_ptr,  # [N, C, H * W]
     mask_ptr,  # [N, H * W] int8
@@ -50,8 +56,7 @@ def masked_max_pool_kernel(
         attended = tl.load(mask_ptr + first + lane, mask=inside, other=0) != 0
         ptrs = rows + (first + lane).to(tl.int64)[None, :] * stride_p
         values = tl.load(ptrs, mask=present[:, None] & inside[None, :], other=0.0).to(tl.float32)
-        # A product, not 0 itself: outside the mask too a NaN or an infinity must show.
-        key = sortable(tl.where(attended[None, :], values, values * 0.0))
+        key = sortable(tl.where(attended[None, :], values, times_zero(values)))
         key = tl.where(inside[None, :], key, NONE)
         first_of_best = tl.where(key > best, first, first_of_best)
         best = tl.maximum(best, key)
@@ -86,7 +91,7 @@ def masked_max_pool_bwd_kernel(
     index = tl.load(index_ptr + image * channels + channel, mask=present, other=0)
     attended = tl.load(mask_ptr + image * pixels + index, mask=present, other=0) != 0
     grad = tl.load(grad_ptr + image * channels + channel, mask=present, other=0.0).to(tl.float32)
-    grad = tl.where(attended, grad, grad * 0.0)
+    grad = tl.where(attended, grad, times_zero(grad))
     grad = tl.where(pixel[None, :] == index[:, None], grad[:, None], 0.0)
     offset = channel.to(tl.int64)[:, None] * stride_c + pixel.to(tl.int64)[None, :] * stride_p
     stored = present[:, None] & (pixel < pixels)[None, :]
