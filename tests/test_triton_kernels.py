@@ -22,7 +22,17 @@ import triton  # noqa: E402  (it may be absent)
 import triton.language as tl  # noqa: E402
 
 from camkernels.transforms import Affine, HorizontalFlip, Scale, Translate  # noqa: E402
-from camkernels.triton import cam, cam_erase, cam_seeds, front, negative_cam_loss  # noqa: E402
+from camkernels.triton import (  # noqa: E402
+    cam,
+    cam_erase,
+    cam_seeds,
+    crop_and_zoom,
+    front,
+    local_level_loss,
+    negative_cam_loss,
+    otsu_mask,
+    transform,
+)
 
 
 @pytest.fixture
@@ -564,6 +574,87 @@ def test_what_did_not_win_adds_nothing(dtype):
     )
     for value, exact in zip(found, expected, strict=True):
         torch.testing.assert_close(value.cpu().double(), exact, rtol=0, atol=0, equal_nan=True)
+
+
+def test_ops_on_attention_are_one_launch_each_way(started):
+    features = torch.randn((2, 5, 6, 7), device=DEVICE, requires_grad=True)
+    mask, _ = camkernels.otsu_mask(features[:, 0], bins=2)
+    boxes = camkernels.attention_boxes(mask)
+    assert started == ["otsu_mask_kernel", "attention_boxes_kernel"]
+    for name, value in (
+        ("masked_max_pool", lambda: camkernels.masked_max_pool(features, mask)),
+        ("local_level_loss", lambda: camkernels.local_level_loss(features, mask, boxes.new_zeros(2).long())),
+        ("crop_and_zoom", lambda: camkernels.crop_and_zoom(features, boxes, 4)),
+    ):
+        started.clear()
+        value().sum().backward()
+        assert started == [f"{name}_kernel", f"{name}_bwd_kernel"]
+
+
+def test_otsu_takes_map_after_map_and_bins_in_several_blocks(monkeypatch):
+    """Programs are fewer than maps, and what the last map left in memory is not this one's."""
+    monkeypatch.setattr(otsu_mask, "PROGRAMS", 2)
+    monkeypatch.setattr(otsu_mask, "MOST_BINS", 128)
+    maps = torch.randn((6, 1, 150), generator=torch.Generator().manual_seed(0))
+    maps[2], maps[3, 0, 149], maps[4:] = 2.0, torch.nan, maps[4:].round()
+    with camkernels.use_backend("triton"):
+        ours = camkernels.otsu_mask(maps.to(DEVICE), bins=129)
+    mask, threshold = reference.otsu_mask(maps, bins=129)
+    assert torch.equal(ours.threshold.cpu().nan_to_num(9), threshold.nan_to_num(9))
+    assert torch.equal(ours.mask.cpu(), mask)
+
+
+def test_local_level_loss_over_several_blocks_of_classes(monkeypatch):
+    """Also where all classes of the first block are -inf, and where they are so low that they vanish."""
+    monkeypatch.setattr(local_level_loss, "WHOLE_PIXEL", 128)
+    activations = torch.randn((2, 300, 1, 5), generator=torch.Generator().manual_seed(0))
+    activations[0, :256, 0, 1] = -torch.inf
+    activations[0, :256, 0, 2] -= 200
+    mask = torch.tensor([[[1, 1, 0, 0, 1]], [[0, 1, 0, 0, 1]]], dtype=torch.bool)
+    target = torch.tensor([280, 3])
+
+    def run(function, dtype):
+        leaf = activations.to(DEVICE, dtype).requires_grad_()
+        loss = function(leaf, mask.to(DEVICE), target.to(DEVICE))
+        return [loss.detach(), *torch.autograd.grad(loss, leaf)]
+
+    with camkernels.use_backend("triton"):
+        ours = run(camkernels.local_level_loss, torch.float32)
+    theirs = run(reference.local_level_loss, torch.float32)
+    truth = run(reference.local_level_loss, torch.float64)
+    assert truth[0].isfinite()
+    for a, b, c in zip(ours, theirs, truth, strict=True):
+        assert_as_close_as(a, b, c)
+
+
+@triton.jit
+def readers_kernel(found_ptr, low_ptr, high_ptr, origin, step, size, outputs, BLOCK: tl.constexpr):  # noqa: N803
+    cell = tl.arange(0, BLOCK)
+    first, end = crop_and_zoom.readers(cell, origin, step, size, outputs)
+    tl.store(found_ptr + cell, first, mask=cell < size)
+    tl.store(found_ptr + size + cell, end, mask=cell < size)
+    low, high, _ = transform.border_taps(crop_and_zoom.source_of(cell, origin, step), size)
+    tl.store(low_ptr + cell, low, mask=cell < outputs)
+    tl.store(high_ptr + cell, high, mask=cell < outputs)
+
+
+@pytest.mark.parametrize(
+    "begin, end",
+    [(0.0, 1.0), (0.2, 0.7), (-0.4, 0.3), (0.3, 5.0), (0.51, 0.52), (0.5, 0.500001), (-9.0, -8.0)],
+)
+def test_a_cell_finds_all_outputs_that_read_it(begin, end):
+    """And few others: backward of crop_and_zoom looks at no more outputs than this."""
+    for size, outputs in ((7, 7), (5, 40), (61, 9), (1, 3), (2, 1), (48, 64)):
+        found = torch.empty((2, size), dtype=torch.int32, device=DEVICE)
+        taps = torch.empty((2, outputs), dtype=torch.int32, device=DEVICE)
+        axis = begin * size - 0.5, (end - begin) * size / outputs
+        readers_kernel[(1,)](found, *taps, *axis, size, outputs, BLOCK=64)
+        first, last = found.cpu()
+        cell, output = torch.arange(size)[:, None], torch.arange(outputs)
+        reads = (taps.cpu()[:, None] == cell).any(0)  # [size, outputs]
+        run = (output >= first[:, None]) & (output < last[:, None])
+        assert not (reads & ~run).any()
+        assert ((run & ~reads).sum(1) <= (2 if end - begin > 0.001 else outputs)).all()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -23,6 +23,8 @@ from camkernels.triton.front import (
 
 # Programs that each have scratch memory for one map and take one map after another: more than run at a time.
 PROGRAMS = 1024
+# Bins that are counted at a time.
+MOST_BINS = 1024
 
 
 @triton.jit
@@ -171,7 +173,7 @@ def otsu_mask_fwd(
 ) -> None:
     number, pixels = maps.shape
     programs = min(number, PROGRAMS)
-    block_bins = power_of_two(bins, 128, 1024)
+    block_bins = power_of_two(bins, 128, MOST_BINS)
     with on_device_of(maps):
         otsu_mask_kernel[(programs,)](
             maps,
