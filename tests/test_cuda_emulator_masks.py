@@ -9,6 +9,9 @@ import torch
 from cases import Case, lay_out
 from cuda_emulator.emulation import sampled
 
+from camkernels import otsu_mask
+from camkernels._backend import use_backend
+
 pytest_plugins = ["cuda_emulator.fixtures"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -27,6 +30,14 @@ def test_threshold_is_that_of_scikit_image(emulator, kind, bins):
 @pytest.mark.parametrize("shape, bins", [((2, 1, 2), 2), ((1, 70, 90), 4096)], ids=["least", "most"])
 def test_fewest_and_most_bins(emulator, shape, bins):
     otsu.assert_as_scikit_image("triton", otsu.maps_of("normal", shape), bins)
+
+
+def test_the_mask_is_of_the_rounded_threshold(emulator):
+    """It lies a little below 1, which bfloat16 rounds it to."""
+    with use_backend("triton"):
+        mask, threshold = otsu_mask(torch.tensor([[0.0, 1.0, 3.0625]], dtype=torch.bfloat16))
+    assert threshold.item() == 1.0
+    assert mask.tolist() == [[False, False, True]]
 
 
 POOL = [
@@ -64,6 +75,17 @@ def test_masked_pool(emulator, number, case):
     with emulator.on(seed=number, threads=(64, 256)[number // 3 % 2]):
         pooling.assert_right("triton", case, mask=mask)
     assert emulator.launches["masked_max_pool_fwd"] == emulator.launches["masked_max_pool_bwd"] == 1
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_the_first_of_many_equal_pixels(emulator, layout):
+    """Of those that the threads of a channel have found, too: of -inf, of NaN, of a plateau."""
+    case = Case(layout=layout, shape=(14, 14), channels=8)
+    spread = torch.rand((8, 14, 14), generator=case.generator()) < 0.1
+    features = torch.full((3, 8, 14, 14), -torch.inf)
+    features[1, spread] = torch.nan
+    features[2, spread] = 1.0
+    pooling.assert_right("triton", case, lay_out(features, layout), torch.ones(3, 14, 14).bool())
 
 
 @pytest.mark.parametrize(

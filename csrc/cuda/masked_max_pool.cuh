@@ -65,7 +65,7 @@ __device__ void pool_planes(const MaskedMaxPoolFwd& call) {
   const int64_t source = min(row, rows - 1);
   const T* features = static_cast<const T*>(call.features) + source * pixels;  // [P]
   const uint8_t* mask = call.mask + source / call.channels * pixels;           // [P]
-  Peak peak = no_peak(lane * kVec, pixels);
+  Peak peak = no_peak();
 #pragma unroll 4
   for (int p = lane * kVec; p < pixels; p += lanes * kVec) {
     const Vector<T, kVec> loaded = load_vector<kVec>(features + p);
@@ -109,7 +109,7 @@ __device__ void pool_pixels(const MaskedMaxPoolFwd& call) {
         static_cast<const T*>(call.features) + image * pixels * call.channels + first_channel + channel;
     Peak peaks[kVec];
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) peaks[i] = no_peak(group, pixels);
+    for (int i = 0; i < kVec; ++i) peaks[i] = no_peak();
 #pragma unroll 4
     for (int p = group; p < pixels; p += groups) {
       const Vector<T, kVec> loaded = load_vector<kVec>(features + int64_t{p} * call.channels);

@@ -146,7 +146,7 @@ __device__ float otsu_threshold(const T* map, int64_t pixels, const OtsuBins<flo
   __syncthreads();
 
   const int splits = bins.bins - 1;
-  Peak best = no_peak(threadIdx.x, splits);
+  Peak best = no_peak();
 #pragma unroll 1
   for (int i = threadIdx.x; i < splits; i += threads) {
     const OtsuSide<float> below = {buffers.count_below[i], buffers.sum_below[i]};

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cmath>
-#include <limits>
 
 #include "device.cuh"
 
@@ -13,11 +12,8 @@ struct Peak {
   int at;
 };
 
-// Of a thread whose places start at `first`, before it has seen any. It names that place already, if there is
-// one: a value of -inf would not replace it.
-__device__ __forceinline__ Peak no_peak(int first, int places) {
-  return {-INFINITY, first < places ? first : std::numeric_limits<int>::max()};
-}
+// Before any value: where all are -inf, the first of all places is right.
+__device__ __forceinline__ Peak no_peak() { return {-INFINITY, 0}; }
 
 // With a value whose place comes after those before.
 __device__ __forceinline__ void raise(Peak& peak, float value, int at) {
