@@ -14,7 +14,7 @@ def image_losses(activations: Tensor, mask: Tensor, target: Tensor) -> Tensor:
     attended = torch.where(mask, -log_p.take_along_dim(label, 1)[:, 0], 0).sum((1, 2))  # eq. 4
     background = torch.where(mask, 0, -log_p[:, -1]).sum((1, 2))  # eq. 3
     w = mask.to(log_p.dtype).mean((1, 2))
-    losses = ((1 - w) * attended + w * background) / mask[0].numel()  # eq. 2
+    losses = ((1 - w) * attended + w * background) / mask.shape[1:].numel()  # eq. 2
     # NaN shows where a class does not exist, on a device that cannot raise.
     return losses * torch.where(exists, 1.0, torch.nan)
 
