@@ -218,9 +218,7 @@ def gradients_of_rows(
     image = first_image + (cell // pixels).to(tl.int64)
     activation = (image * classes * pixels + cell % pixels)[None, :] + label.to(tl.int64) * pixels
     stored = (label < classes) & inside[None, :]
-    # There is no classifier 256: nobody wins outside.
     winner = tl.load(winner_ptr + activation, mask=stored, other=0).to(tl.int32)
-    winner = tl.where(stored, winner, 256)
     grad = gradient_of(
         grad_activations_ptr,
         grad_attention_ptr,
@@ -471,7 +469,9 @@ def local_activations_bwd(
         if need_weight:
             # A product of two half types is exact in float32; any other pair is widened first.
             half = features.dtype in HALF_TYPES and weight.dtype == features.dtype
-            block_l, block_n = rows_of_program(classifiers, classes, 128 if half else 64)
+            # With few classifiers the gradients of many classes take the registers.
+            most_rows = 128 if half and classifiers > 4 else 64
+            block_l, block_n = rows_of_program(classifiers, classes, most_rows)
             row_blocks = triton.cdiv(classes, block_l) * triton.cdiv(classifiers, block_n)
             programs = row_blocks * triton.cdiv(channels, 64)
             # Parts of the batch may take a twentieth of what the gradient of the features does.
@@ -497,7 +497,7 @@ def local_activations_bwd(
                 BLOCK_L=block_l,
                 BLOCK_N=block_n,
                 BLOCK_C=64,
-                BLOCK_P=64 if half else 16,
+                BLOCK_P=(64 if align > 1 else 32) if half else 16,
                 num_warps=8,
                 **registers(255),
             )
