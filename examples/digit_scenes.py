@@ -55,7 +55,7 @@ ALONE = Style(instances=(1, 1), digit_size=(28, 44), fragments=(0, 0), chalk=Tru
 FINE_GRAINED = Style(
     instances=(1, 1), digit_size=(48, 80), fragments=(1, 2), chalk=True, strokes=True, size=2 * SIZE
 )
-FINE_ALONE = replace(FINE_GRAINED, digit_size=(24, 48), fragments=(0, 0), size=56)
+FINE_ALONE = replace(FINE_GRAINED, digit_size=(24, 52), fragments=(0, 0), size=64)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ LAST_WIDTH = 128
 PICTURE_RATE = 0.05
 # Of the usual start of a linear layer: features after the last ReLU are large, and their maxima larger.
 SMALL = 0.1
-MARGIN = 0.05  # around an attended box, in units of its longer side
+MARGIN = 0.1  # around an attended box, in units of its longer side
 PAPER_IOU = 0.54
 PICTURE_IMAGES = 4
 OVER_SCALES = "_over_scales"  # ends the keys of what several scales say together
@@ -277,7 +277,7 @@ class DlaExperiment(Experiment[DlaEvaluation]):
         "train_scenes": 1600,
         "epochs": 3,
         "batch_size": 16,
-        "learning_rate": 0.004,
+        "learning_rate": 0.003,
         "weight_decay": 5e-4,
         "repeats": 5,
         "output": Path("demo-dla"),
