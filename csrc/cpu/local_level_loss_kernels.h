@@ -30,35 +30,15 @@ class ClassTile {
   // Zeroed: lanes past the last pixel take part in the arithmetic, though nothing reads what comes of them.
   explicit ClassTile(int64_t classes) : classes_(classes), rows_(new Real[classes * kLossTile]()) {}
 
-  // Pixels [first, first + count) of an image whose activations are [classes, pixels].
+  // Pixels [first, first + count) of an image whose activations are [classes, pixels]: their classes, the
+  // largest of them and the sums of their exponentials. `keep` leaves the exponentials in the rows.
+  template <bool keep>
   void load(const T* activations, int64_t pixels, int64_t first, int64_t count) {
     constexpr int64_t kLanes = Lanes<Real>::kCount;
-    width_ = (count + kLanes - 1) / kLanes * kLanes;
-    std::fill_n(most, kLossTile, -std::numeric_limits<Real>::infinity());
-    for (int64_t l = 0; l < classes_; ++l) {
-      const T* from = activations + l * pixels + first;
-      Real* to = row(l);
-      if constexpr (std::is_same_v<T, Real>) {
-        for (int64_t i = 0; i < count; ++i) to[i] = from[i];
-      } else {
-        widen(from, to, count);
-      }
-      // A NaN that is passed over here shows in the sums.
-      for (int64_t i = 0; i < width_; ++i) most[i] = to[i] > most[i] ? to[i] : most[i];
-    }
-  }
-
-  // Sums of the exponentials at each pixel; `keep` puts these in the rows.
-  template <bool keep>
-  void sum_exponentials() {
-    std::fill_n(total, kLossTile, Real(0));
-    for (int64_t l = 0; l < classes_; ++l) {
-      Real* values = row(l);
-      for (int64_t i = 0; i < width_; ++i) {
-        const Real value = falling_exponential(values[i] - most[i]);
-        total[i] += value;
-        if constexpr (keep) values[i] = value;
-      }
+    if (count == kLossTile) {
+      load_columns<keep>(activations + first, pixels, kLossTile, kLossTile);  // loops of known length
+    } else {
+      load_columns<keep>(activations + first, pixels, count, (count + kLanes - 1) / kLanes * kLanes);
     }
   }
 
@@ -68,7 +48,35 @@ class ClassTile {
   Real total[kLossTile];
 
  private:
-  int64_t classes_, width_ = 0;
+  template <bool keep>
+  inline __attribute__((always_inline)) void load_columns(const T* activations, int64_t pixels, int64_t count,
+                                                          int64_t width) {
+    Real* __restrict high = most;
+    Real* __restrict sum = total;
+    std::fill_n(high, kLossTile, -std::numeric_limits<Real>::infinity());
+    std::fill_n(sum, kLossTile, Real(0));
+    for (int64_t l = 0; l < classes_; ++l) {
+      const T* __restrict from = activations + l * pixels;
+      Real* __restrict to = row(l);
+      if constexpr (std::is_same_v<T, Real>) {
+        for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+      } else {
+        widen(from, to, count);
+      }
+      // A NaN that is passed over here shows in the sums.
+      for (int64_t i = 0; i < width; ++i) high[i] = to[i] > high[i] ? to[i] : high[i];
+    }
+    for (int64_t l = 0; l < classes_; ++l) {
+      Real* __restrict values = row(l);
+      for (int64_t i = 0; i < width; ++i) {
+        const Real value = falling_exponential(values[i] - high[i]);
+        sum[i] += value;
+        if constexpr (keep) values[i] = value;
+      }
+    }
+  }
+
+  int64_t classes_;
   std::unique_ptr<Real[]> rows_;
 };
 
@@ -93,9 +101,8 @@ void local_level_loss_fwd(const LocalLevelLoss& p, int64_t item_begin, int64_t i
     const int64_t image = item / p.tiles(), first = item % p.tiles() * kLossTile;
     const int64_t count = std::min(kLossTile, p.pixels - first);
     const ImageLoss shared(p, image);
-    tile.load(static_cast<const T*>(p.activations.data) + image * p.classes * p.pixels, p.pixels, first,
-              count);
-    tile.template sum_exponentials<false>();
+    tile.template load<false>(static_cast<const T*>(p.activations.data) + image * p.classes * p.pixels,
+                              p.pixels, first, count);
     const Real *label_row = tile.row(shared.label), *background_row = tile.row(p.classes - 1);
     double attended = 0, background = 0;
     for (int64_t i = 0; i < count; ++i) {
@@ -119,8 +126,7 @@ void local_level_loss_bwd(const LocalLevelLoss& p, int64_t item_begin, int64_t i
     const int64_t count = std::min(kLossTile, p.pixels - first);
     const int64_t offset = image * p.classes * p.pixels;
     const ImageLoss shared(p, image);
-    tile.load(static_cast<const T*>(p.activations.data) + offset, p.pixels, first, count);
-    tile.template sum_exponentials<true>();
+    tile.template load<true>(static_cast<const T*>(p.activations.data) + offset, p.pixels, first, count);
     const Real in_mask = static_cast<Real>(grad * (1 - shared.share) / shared.elements);
     const Real out_of_mask = static_cast<Real>(grad * shared.share / shared.elements);
     for (int64_t i = 0; i < count; ++i) {

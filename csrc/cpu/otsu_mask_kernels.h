@@ -1,6 +1,8 @@
 // Otsu's threshold of each map and the pixels above it, for one instruction set.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <limits>
 #include <memory>
 
@@ -39,54 +41,70 @@ class OtsuScan {
  public:
   explicit OtsuScan(int bins)
       : bins_(bins),
-        edges_(new Real[bins + 1]),
-        centers_(new Real[bins]),
         counts_(new int32_t[bins]),
-        above_(new Side[bins]) {}
+        parts_(new int32_t[bins]),
+        reals_(new Real[5 * bins + 1]),
+        floats_(new float[2 * bins]) {}
 
   // Of a map that is not constant and whose range is finite; `near` holds as many as there are pixels.
   Real threshold(const Real* map, int64_t pixels, Extrema<Real> extrema, int32_t* near) {
     const OtsuBins<Real> histogram(extrema.low, extrema.high, bins_);
-    const Real* edges = edges_.get();
-    for (int i = 0; i <= bins_; ++i) edges_[i] = histogram.edge(i);
-    for (int i = 0; i < bins_; ++i) centers_[i] = bin_center(edges[i], edges[i + 1]);
+    Real* edges = reals_.get();
+    for (int i = 0; i <= bins_; ++i) edges[i] = histogram.edge(i);
     for (int64_t i = 0; i < pixels; ++i) near[i] = histogram.near_bin(map[i]);
     std::fill_n(counts_.get(), bins_, 0);
     for (int64_t i = 0; i < pixels; ++i) {
       ++counts_[histogram.settled_bin(near[i], map[i], [edges](int index) { return edges[index]; })];
     }
-    return centers_[best_bin()];
+    return best_center(edges);
   }
 
  private:
-  using Side = OtsuSide<Real>;
-
-  // The last bin below the threshold: the first of those that part the pixels best.
-  int best_bin() {
-    Side right;
-    for (int i = bins_ - 1; i > 0; --i) {
-      right.add(static_cast<float>(counts_[i]), centers_[i]);
-      above_[i] = right;
+  // The middle of the last bin below the threshold: of the first that parts the pixels best.
+  Real best_center(const Real* edges) {
+    // A threshold behind an empty bin parts the pixels as the one before it does, to the bit, and so is never
+    // the first; unless the middles of bins overflow, when an empty one adds 0 * inf.
+    const bool all = !std::isfinite(edges[0] + edges[1]) || !std::isfinite(edges[bins_ - 1] + edges[bins_]);
+    int count = 0;
+    for (int i = 0; i < bins_; ++i) {
+      parts_[count] = i;
+      count += all | (counts_[i] != 0) | (i == 0) | (i == bins_ - 1);  // no branches: nothing foretells them
     }
-    Side left;
+    Real* __restrict centers = reals_.get() + bins_ + 1;
+    Real* __restrict sums = centers + bins_;  // of the part and those below
+    Real* __restrict sums_above = sums + bins_;
+    Real* __restrict variances = sums_above + bins_;
+    float* __restrict counts = floats_.get();
+    float* __restrict counts_above = counts + bins_;
+    for (int i = 0; i < count; ++i) centers[i] = bin_center(edges[parts_[i]], edges[parts_[i] + 1]);
+    OtsuSide<Real> below, above;
+    for (int i = 0, j = count - 1; i < count; ++i, --j) {
+      below.add(static_cast<float>(counts_[parts_[i]]), centers[i]);
+      counts[i] = below.count;
+      sums[i] = below.sum;
+      above.add(static_cast<float>(counts_[parts_[j]]), centers[j]);
+      counts_above[j] = above.count;
+      sums_above[j] = above.sum;
+    }
+    for (int i = 0; i < count - 1; ++i) {
+      variances[i] = variance_between<Real>({counts[i], sums[i]}, {counts_above[i + 1], sums_above[i + 1]});
+    }
     int best = 0;
-    Real most = -std::numeric_limits<Real>::infinity();
-    for (int i = 0; i < bins_ - 1; ++i) {
-      left.add(static_cast<float>(counts_[i]), centers_[i]);
-      const Real variance = variance_between(left, above_[i + 1]);
-      if (is_larger_variance(variance, most)) {
-        most = variance;
+    Real most = variances[0];
+    for (int i = 1; i < count - 1; ++i) {
+      if (is_larger_variance(variances[i], most)) {
+        most = variances[i];
         best = i;
       }
     }
-    return best;
+    return centers[best];
   }
 
   int bins_;
-  std::unique_ptr<Real[]> edges_;
-  std::unique_ptr<Real[]> centers_;
   std::unique_ptr<int32_t[]> counts_;
-  std::unique_ptr<Side[]> above_;  // the pixels of this bin and all above it
+  std::unique_ptr<int32_t[]> parts_;  // the bins that hold pixels
+  std::unique_ptr<Real[]> reals_;
+  std::unique_ptr<float[]> floats_;
 };
 
 template <typename T>
