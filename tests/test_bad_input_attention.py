@@ -235,8 +235,9 @@ CROP_AND_ZOOM = [
             ValueError,
             f"size is {size!r}; it must be (height, width) or one integer for both",
         )
-        for size in ((), (4,), (4, 5, 6), "44")
+        for size in ((), (4,), (4, 5, 6))
     ),
+    ({"size": "44"}, TypeError, "size is a str; it must be an integer of at least 1"),
 ]
 
 CALLS = [

@@ -66,9 +66,7 @@ class LocalLevelLoss(nn.Module):
         super().__init__()
         name = type(self).__name__
         self.weight = _inputs.factor(name, "weight", weight)
-        self.bins = _checks.positive_int(name, "bins", bins)
-        if not 2 <= self.bins <= 4096:
-            raise ValueError(f"{name}: bins is {bins}; it must be an integer from 2 to 4096")
+        self.bins = _checks.bins(name, bins)
 
     def forward(self, activations: Tensor, attention: Tensor, target: Tensor) -> Tensor:
         name = type(self).__name__

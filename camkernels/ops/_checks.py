@@ -129,11 +129,18 @@ def boxes(function: str, value: object, images: Tensor) -> Tensor:
     return value
 
 
+def bins(function: str, value: object) -> int:
+    result = positive_int(function, "bins", value)
+    if not 2 <= result <= 4096:
+        raise ValueError(f"{function}: bins is {result}; it must be an integer from 2 to 4096")
+    return result
+
+
 def size(function: str, value: object) -> tuple[int, int]:
     """Height and width; one number for both."""
-    if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2:
-        return positive_int(function, "size", value[0]), positive_int(function, "size", value[1])
-    if isinstance(value, Sequence):
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        if len(value) == 2:
+            return positive_int(function, "size", value[0]), positive_int(function, "size", value[1])
         raise ValueError(f"{function}: size is {value!r}; it must be (height, width) or one integer for both")
     both = positive_int(function, "size", value)
     return both, both

@@ -54,9 +54,10 @@ def crop_and_zoom(images: Tensor, boxes: Tensor, size: int | Sequence[int]) -> T
     height, width = _checks.size(name, size)
     requested = _backend.setting()
     if _backend.resolve(name, requested, images.device.type, images.dtype, BACKENDS) == "reference":
-        return reference.crop_and_zoom(images, boxes, (height, width))
+        zoomed = reference.crop_and_zoom(images, boxes, (height, width))
+        return zoomed.contiguous(memory_format=memory_format(images))
     boxes = boxes.to(accumulate_dtype(images.dtype))
-    zoomed: Tensor = _CropAndZoom.apply(images, boxes, height, width, requested)
+    zoomed = _CropAndZoom.apply(images, boxes, height, width, requested)
     return zoomed
 
 

@@ -31,7 +31,8 @@ def otsu_mask(maps: Tensor, *, bins: int = 256) -> OtsuMask:
         ``threshold`` is, to the last bit, what ``skimage.filters.threshold_otsu(map, nbins=bins)`` gives for
         the map in float32 (float64 for float64), rounded to the dtype of ``maps``; ``mask`` is
         ``maps > threshold`` as returned. A constant map has its value as threshold and an empty mask. A map
-        that holds a NaN, or whose range is infinite, has a NaN and an empty mask.
+        that holds a NaN, or whose range is infinite, has a NaN and an empty mask; scikit-image refuses these,
+        and maps whose range is too small for so many bins, which have a threshold here.
 
     Gradients: none.
     Numerics: float32 inside (float64 for float64); deterministic.
@@ -45,9 +46,7 @@ def otsu_mask(maps: Tensor, *, bins: int = 256) -> OtsuMask:
     """
     name = "otsu_mask"
     maps = _checks.maps(name, maps).detach()
-    bins = _checks.positive_int(name, "bins", bins)
-    if not 2 <= bins <= 4096:
-        raise ValueError(f"{name}: bins is {bins}; it must be an integer from 2 to 4096")
+    bins = _checks.bins(name, bins)
     requested = _backend.setting()
     if _backend.resolve(name, requested, maps.device.type, maps.dtype) == "reference":
         return OtsuMask(*reference.otsu_mask(maps, bins=bins))
