@@ -246,7 +246,7 @@ inline int choose_lanes(int pixels, int vector) {
   return lanes;
 }
 
-// Blocks of a launch whose threads are the channel tiles of channels_last maps.
+// Channel tiles of all images, for channels_last maps.
 inline int64_t tiles_of(int64_t images, int channels, int vector) {
   return images * (vector == 1   ? channel_tiles<1>(channels)
                    : vector == 4 ? channel_tiles<4>(channels)
