@@ -604,6 +604,44 @@ def test_otsu_takes_map_after_map_and_bins_in_several_blocks(monkeypatch):
     assert torch.equal(ours.mask.cpu(), mask)
 
 
+@triton.jit
+def bins_kernel(values_ptr, bin_ptr, low, high, bins, number, BLOCK: tl.constexpr):  # noqa: N803
+    place = tl.arange(0, BLOCK)
+    low, high = tl.full([], 0.0, tl.float32) + low, tl.full([], 0.0, tl.float32) + high
+    values = tl.load(values_ptr + place, mask=place < number, other=0.0)
+    found = otsu_mask.bin_of(tl.where(place < number, values, low), low, high, bins)
+    tl.store(bin_ptr + place, found, mask=place < number)
+
+
+@pytest.mark.parametrize("low, high, bins", [(0.0, 1.0, 37), (-0.3, 0.1, 100), (1.0, 1.001, 120)])
+def test_a_value_next_to_an_edge_is_in_its_bin(low, high, bins):
+    index = torch.arange(bins + 1, dtype=torch.float32)
+    low, high = torch.tensor([low, high])
+    edges = index * ((high - low) / bins) + low
+    edges[-1] = high
+    near = [edges, edges.nextafter(high), edges.nextafter(low)]
+    values = torch.cat([*near, (edges[1:] + edges[:-1]) / 2]).contiguous()
+    found = torch.empty(len(values), dtype=torch.int32, device=DEVICE)
+    bins_kernel[(1,)](values.to(DEVICE), found, low.item(), high.item(), bins, len(values), BLOCK=512)
+    expected = (torch.searchsorted(edges, values, right=True) - 1).clamp_max(bins - 1)
+    assert torch.equal(found.cpu().long(), expected)
+
+
+@pytest.mark.parametrize("target", [-1, 4, 2**40])
+def test_kernels_make_the_local_loss_of_no_class_nan(target):
+    """The ops themselves, which check nothing; class 4 is the background."""
+    activations = torch.randn((2, 5, 3, 3), device=DEVICE)
+    mask = torch.zeros((2, 3, 3), dtype=torch.bool, device=DEVICE)
+    mask[:, 0] = True
+    label = torch.tensor([target, 3], device=DEVICE)
+    losses = torch.ops.camkernels.local_level_loss_fwd(activations, mask, label, "triton")
+    grad = torch.ones((), device=DEVICE)
+    grads = torch.ops.camkernels.local_level_loss_bwd(activations, mask, label, grad, "triton")
+    for result in (losses, grads):
+        assert result[0].isnan().all()
+        assert result[1].isfinite().all()
+
+
 def test_local_level_loss_over_several_blocks_of_classes(monkeypatch):
     """Also where all classes of the first block are -inf, and where they are so low that they vanish."""
     monkeypatch.setattr(local_level_loss, "WHOLE_PIXEL", 128)
