@@ -126,8 +126,17 @@ def assert_right(backend, case, *, classifiers=3, with_bias=True, inputs=None, n
     return found
 
 
+def thinned_matrix():
+    """The interpreter, being slow, takes the largest map once."""
+    return [
+        (backend, case)
+        for backend, case in placed_matrix(without_cuda(KERNEL_BACKENDS))
+        if GPU or backend != "triton" or case.shape != (33, 40) or case.maps == "ties"
+    ]
+
+
 @may_hold_infinities
-@pytest.mark.parametrize(("backend", "case"), placed_matrix(without_cuda(KERNEL_BACKENDS)), ids=str)
+@pytest.mark.parametrize(("backend", "case"), thinned_matrix(), ids=str)
 def test_values_and_gradients(backend, case):
     found = assert_right(backend, case)
     assert all(value.is_contiguous() for value in found.values)
@@ -183,6 +192,7 @@ def test_equal_classifiers_and_classes_give_their_gradient_to_the_first(backend,
     assert not of_attention[1:].any()
 
 
+@may_hold_infinities
 @everywhere
 def test_a_nan_wins_and_minus_infinity_loses(backend, device):
     features = torch.ones(1, 1, 1, 1, device=device)
@@ -200,6 +210,7 @@ def test_a_nan_wins_and_minus_infinity_loses(backend, device):
         assert winner.flatten().tolist() == [1, 2]
 
 
+@may_hold_infinities
 @on_kernels
 def test_maps_of_minus_infinity(backend, device):
     features = torch.full((1, 1, 2, 2), -torch.inf, device=device)
