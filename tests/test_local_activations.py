@@ -161,6 +161,12 @@ def test_sizes(backend, device, layout, classifiers, classes, channels, shape):
     assert_right(backend, case, classifiers=classifiers, with_bias=layout == "contiguous")
 
 
+@pytest.mark.parametrize(("classifiers", "shape"), [(3, (40, 30)), (2, (9, 60)), (3, (11, 13))])
+def test_more_pixels_than_a_thread_holds_at_once(classifiers, shape):
+    case = Case(channels=5, classes=3, shape=shape, images=9 if shape == (11, 13) else 2)
+    assert_right("cpu", case, classifiers=classifiers)
+
+
 @everywhere
 def test_one_classifier_is_a_1x1_convolution(backend, device):
     case = Case(device=device, shape=(5, 9))
