@@ -56,8 +56,8 @@ def by_grid_sample(boxes, size):
     return function
 
 
-def assert_right(backend, images, size, boxes=None):
-    boxes = boxes_of(images) if boxes is None else boxes
+def assert_right(backend, images, size):
+    boxes = boxes_of(images)
     found = run(backend, crop_and_zoom, [images], boxes, size)
     truth = run("reference", by_grid_sample(boxes.cpu(), size), as_double([images]))
     plain = run("reference", by_grid_sample(boxes.cpu(), size), as_plain([images]))
@@ -66,8 +66,19 @@ def assert_right(backend, images, size, boxes=None):
     return found
 
 
-@everywhere
-@pytest.mark.parametrize("size", [(19, 23), (7, 11), (40, 33), (1, 1), (2, 70)])
+SIZES = [(19, 23), (7, 11), (40, 33), (1, 1), (2, 70)]
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "size"),
+    [
+        (backend, device, size)
+        for backend, device in without_cuda(BACKENDS)
+        for size in SIZES
+        # The interpreter is slow where all outputs read one pixel, as the last box's do.
+        if GPU or backend != "triton" or size[0] < 10
+    ],
+)
 def test_sizes(backend, device, size):
     assert_right(backend, images_of(device=device), size)
 
@@ -86,7 +97,7 @@ def test_dtypes_and_layouts(backend, device, dtype, layout):
 
 
 @everywhere
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 5, 1, 9), (1, 2, 33, 2)])
+@pytest.mark.parametrize("shape", [(2, 3, 1, 1), (2, 5, 1, 9), (1, 2, 33, 2)])
 def test_small_images(backend, device, shape):
     assert_right(backend, images_of(shape, device=device), (6, 5))
 

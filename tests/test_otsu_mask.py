@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from cases import BACKENDS, KERNEL_BACKENDS, lay_out
+from cases import BACKENDS, KERNEL_BACKENDS, lay_out, may_hold_infinities
 from skimage.filters import threshold_otsu
 
 import camkernels
@@ -69,6 +69,15 @@ def test_half_types_as_float32(backend, device, dtype):
     assert_as_scikit_image(backend, maps_of("normal", (4, 7, 9)).to(device, dtype))
 
 
+@everywhere
+def test_the_mask_is_of_the_rounded_threshold(backend, device):
+    maps = torch.tensor([[[0.0, 1.0, 3.0625]]], dtype=torch.bfloat16, device=device)
+    with camkernels.use_backend(backend):
+        mask, threshold = otsu_mask(maps)
+    assert threshold.item() == 1.0  # 0.999 in float32
+    assert mask.flatten().tolist() == [False, False, True]
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_float64(backend, kind):
@@ -96,6 +105,8 @@ def test_constant_maps_have_an_empty_mask(backend, device):
     assert not mask.any()
 
 
+@may_hold_infinities
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 @everywhere
 def test_nan_and_infinite_maps_have_no_threshold(backend, device):
     maps = torch.arange(120.0, device=device).view(6, 4, 5)
@@ -113,6 +124,7 @@ def test_nan_and_infinite_maps_have_no_threshold(backend, device):
     assert torch.equal(threshold[5:], alone.threshold)
 
 
+@may_hold_infinities
 @everywhere
 def test_ranges_that_bins_hardly_divide(backend, device):
     """scikit-image refuses them; all backends must agree, and the mask must split the map."""
