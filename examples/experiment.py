@@ -75,6 +75,10 @@ class Experiment(ABC, Generic[E]):
         """How one of the methods is trained; asked for when those before it have been."""
         return Stage(method, scenes, self.options.epochs, self.options.learning_rate)
 
+    def start(self, method: Method, start: Network) -> Network:
+        """The network that the method is trained from, on a copy; asked for as its stage is."""
+        return start
+
     def trained(self, network: Network, stage: Stage, standardise: Standardise) -> None:
         """Told of each network in every process, before the next stage is asked for."""
 

@@ -168,7 +168,7 @@ def compare(experiment: Experiment[Any], options: argparse.Namespace, console: C
         for stage in pretraining:
             run(start, stage)
         for name, method in methods.items():
-            networks[name] = copy.deepcopy(start)
+            networks[name] = copy.deepcopy(experiment.start(method, start))
             stage = experiment.stage(method, train_scenes)
             record = run(networks[name], stage)
             experiment.trained(networks[name], stage, standardise)
