@@ -36,73 +36,76 @@ Extrema<Real> extrema_of(const Real* map, int64_t pixels) {
 }
 
 // What one thread needs to find thresholds of maps, one after another.
+//
+// Products go through memory before they are added to: in one expression the compiler would fuse the two, and
+// round once where scikit-image rounds twice. So every loop but the running sums is of whole vectors.
 template <typename Real>
 class OtsuScan {
  public:
   explicit OtsuScan(int bins)
       : bins_(bins),
-        counts_(new int32_t[bins]),
-        parts_(new int32_t[bins]),
-        reals_(new Real[5 * bins + 1]),
-        floats_(new float[2 * bins]) {}
+        pixels_in_(new int32_t[bins]),
+        reals_(new Real[6 * bins + 1]),
+        floats_(new float[3 * bins]) {}
 
   // Of a map that is not constant and whose range is finite; `near` holds as many as there are pixels.
   Real threshold(const Real* map, int64_t pixels, Extrema<Real> extrema, int32_t* near) {
     const OtsuBins<Real> histogram(extrema.low, extrema.high, bins_);
-    Real* edges = reals_.get();
-    for (int i = 0; i <= bins_; ++i) edges[i] = histogram.edge(i);
-    for (int64_t i = 0; i < pixels; ++i) near[i] = histogram.near_bin(map[i]);
-    std::fill_n(counts_.get(), bins_, 0);
-    for (int64_t i = 0; i < pixels; ++i) {
-      ++counts_[histogram.settled_bin(near[i], map[i], [edges](int index) { return edges[index]; })];
+    Real* __restrict edges = reals_.get();
+    if (histogram.step != Real(0)) {
+      for (int i = 0; i < bins_; ++i) edges[i] = static_cast<Real>(i) * histogram.step;
+      for (int i = 0; i < bins_; ++i) edges[i] += histogram.low;
+    } else {
+      for (int i = 0; i < bins_; ++i) edges[i] = histogram.edge(i);
     }
+    for (int64_t i = 0; i < pixels; ++i) near[i] = histogram.near_bin(map[i]);
+    std::fill_n(pixels_in_.get(), bins_, 0);
+    edges[bins_] =
+        std::numeric_limits<Real>::infinity();  // while bins are settled: nothing is above the last
+    for (int64_t i = 0; i < pixels; ++i) ++pixels_in_[settled_bin(near[i], map[i], edges)];
+    edges[bins_] = histogram.high;
     return best_center(edges);
   }
 
  private:
+  // As OtsuBins::settled_bin, without branches: nothing foretells them. No value is below edge 0.
+  static int settled_bin(int near, Real value, const Real* edges) {
+    const int index = near - (value < edges[near]);
+    return index + (value >= edges[index + 1]);
+  }
+
   // The middle of the last bin below the threshold: of the first that parts the pixels best.
   Real best_center(const Real* edges) {
-    // A threshold behind an empty bin parts the pixels as the one before it does, to the bit, and so is never
-    // the first; unless the middles of bins overflow, when an empty one adds 0 * inf.
-    const bool all = !std::isfinite(edges[0] + edges[1]) || !std::isfinite(edges[bins_ - 1] + edges[bins_]);
-    int count = 0;
-    for (int i = 0; i < bins_; ++i) {
-      parts_[count] = i;
-      count += all | (counts_[i] != 0) | (i == 0) | (i == bins_ - 1);  // no branches: nothing foretells them
-    }
+    const int last = bins_ - 1;
     Real* __restrict centers = reals_.get() + bins_ + 1;
-    Real* __restrict sums = centers + bins_;  // of the part and those below
+    Real* __restrict products = centers + bins_;
+    Real* __restrict sums = products + bins_;  // of the bin and those below
     Real* __restrict sums_above = sums + bins_;
     Real* __restrict variances = sums_above + bins_;
-    float* __restrict counts = floats_.get();
+    float* __restrict in_bin = floats_.get();
+    float* __restrict counts = in_bin + bins_;
     float* __restrict counts_above = counts + bins_;
-    for (int i = 0; i < count; ++i) centers[i] = bin_center(edges[parts_[i]], edges[parts_[i] + 1]);
-    OtsuSide<Real> below, above;
-    for (int i = 0, j = count - 1; i < count; ++i, --j) {
-      below.add(static_cast<float>(counts_[parts_[i]]), centers[i]);
-      counts[i] = below.count;
-      sums[i] = below.sum;
-      above.add(static_cast<float>(counts_[parts_[j]]), centers[j]);
-      counts_above[j] = above.count;
-      sums_above[j] = above.sum;
+    for (int i = 0; i < bins_; ++i) centers[i] = bin_center(edges[i], edges[i + 1]);
+    for (int i = 0; i < bins_; ++i) in_bin[i] = static_cast<float>(pixels_in_[i]);
+    for (int i = 0; i < bins_; ++i) products[i] = static_cast<Real>(in_bin[i]) * centers[i];
+    OtsuSide<Real> below{}, above{};
+    for (int i = 0, j = last; i < bins_; ++i, --j) {  // four sums side by side, each in order
+      counts[i] = below.count += in_bin[i];
+      sums[i] = below.sum += products[i];
+      counts_above[j] = above.count += in_bin[j];
+      sums_above[j] = above.sum += products[j];
     }
-    for (int i = 0; i < count - 1; ++i) {
+    for (int i = 0; i < last; ++i) {
       variances[i] = variance_between<Real>({counts[i], sums[i]}, {counts_above[i + 1], sums_above[i + 1]});
     }
+    const Real most = extrema_of(variances, last).high;
     int best = 0;
-    Real most = variances[0];
-    for (int i = 1; i < count - 1; ++i) {
-      if (is_larger_variance(variances[i], most)) {
-        most = variances[i];
-        best = i;
-      }
-    }
+    while (variances[best] != most && variances[best] == variances[best]) ++best;
     return centers[best];
   }
 
   int bins_;
-  std::unique_ptr<int32_t[]> counts_;
-  std::unique_ptr<int32_t[]> parts_;  // the bins that hold pixels
+  std::unique_ptr<int32_t[]> pixels_in_;
   std::unique_ptr<Real[]> reals_;
   std::unique_ptr<float[]> floats_;
 };

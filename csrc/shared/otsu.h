@@ -64,17 +64,12 @@ CAMKERNELS_HD Real bin_center(Real edge, Real next_edge) {
   return (edge + next_edge) / Real(2);
 }
 
-// The pixels on one side of a threshold, bin after bin from that side's end. Counts are summed in float32
-// even for float64 maps, as scikit-image does.
+// The pixels on one side of a threshold, summed bin after bin from that side's end: how many there are, in
+// float32 even for float64 maps, as scikit-image does; and of each the middle of its bin.
 template <typename Real>
 struct OtsuSide {
-  float count = 0;
-  Real sum = 0;
-
-  CAMKERNELS_HD void add(float bin_count, Real center) {
-    count += bin_count;
-    sum = multiply_then_add(static_cast<Real>(bin_count), center, sum);
-  }
+  float count;
+  Real sum;
 };
 
 template <typename Real>
