@@ -8,7 +8,7 @@ CPP := $(shell find csrc tests/cuda_emulator -name '*.h' -o -name '*.cpp' -o -na
 # A change of these rebuilds the extension, as a change of its sources does.
 SETTINGS := $(CAMKERNELS_CUDA)|$(CAMKERNELS_DEBUG)|$(TORCH_CUDA_ARCH_LIST)|$(CUDA_HOME)|$(CXX)
 
-.PHONY: FORCE help install test demo demo-vac demo-i2c demo-hnc demo-dla bench lint format gpu clean
+.PHONY: FORCE help install test demo demo-vac demo-i2c demo-hnc demo-dla bench lint format gpu gpu-compile clean
 
 help:
 	@echo "make demo     train with PCL on real images, write demo/"
@@ -21,6 +21,7 @@ help:
 	@echo "make lint     ruff, clang-format, mypy"
 	@echo "make install  the environment that the others rest on"
 	@echo "make gpu RESULTS=dir   on a machine with an NVIDIA GPU and its own torch: build, test, measure"
+	@echo "make gpu-compile RESULTS=dir   there too: the benchmark tables beside torch.compile"
 
 install: $(VENV)/.built
 
@@ -71,7 +72,9 @@ format: $(VENV)/.packages
 	$(VENV)/bin/clang-format -i $(CPP)
 
 gpu:
-	PYTHON=$(PYTHON) tools/gpu.sh $(RESULTS)/checks
+	PYTHON=$(PYTHON) tools/gpu.sh $(RESULTS)
+
+gpu-compile:
 	PYTHON=$(PYTHON) tools/gpu.sh $(RESULTS) compile
 
 clean:
