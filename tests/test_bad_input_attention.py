@@ -179,8 +179,8 @@ LOCAL_LEVEL_LOSS = [
 ]
 
 
-def box(*numbers):
-    return torch.tensor([[0.0, 0.0, 1.0, 1.0], numbers])
+def box(*numbers, dtype=torch.float32):
+    return torch.tensor([[0.0, 0.0, 1.0, 1.0], numbers], dtype=dtype)
 
 
 CROP_AND_ZOOM = [
@@ -221,6 +221,12 @@ CROP_AND_ZOOM = [
             (-INF, 0.0, 1.0, 1.0),
             (0.0, 0.0, 1.0, INF),
         )
+    ),
+    (  # none once it is float32, as images are
+        {"boxes": box(0.5, 0.0, 0.5 + 1e-10, 1.0, dtype=torch.float64)},
+        ValueError,
+        "boxes holds [0.5, 0.0, 0.5, 1.0] for image 1; it must be finite (x0, y0, x1, y1) "
+        "with x0 < x1 and y0 < y1",
     ),
     ({"size": 4.0}, TypeError, "size is a float; it must be an integer of at least 1"),
     ({"size": None}, TypeError, "size is a NoneType; it must be an integer of at least 1"),

@@ -161,6 +161,12 @@ def test_a_box_that_is_none_gives_nan(backend, device):
         assert result[1:].isnan().all()
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_results_that_are_written_past_the_caches(layout):
+    found = assert_right("cpu", images_of((1, 3, 601, 593), layout=layout), (593, 601))
+    assert min(found.values[0].numel(), found.grads[0].numel()) > 1 << 20
+
+
 def test_gradcheck_of_the_cpu_kernels():
     images = images_of((2, 2, 5, 4), torch.float64).requires_grad_()
     boxes = torch.tensor(BOXES[1:3])

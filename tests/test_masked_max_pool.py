@@ -76,20 +76,23 @@ def test_the_first_of_equal_pixels_has_the_gradient(backend, device):
 
 
 @everywhere
-def test_nan_and_infinity(backend, device):
-    features = torch.zeros(5, 1, 2, 3, device=device)
-    features[0, 0, 0, 1] = features[0, 0, 1, 1] = torch.nan
-    features[1, 0, 0, 0] = torch.nan  # outside the mask: 0 * NaN
-    features[2, 0, 0, 0] = torch.inf  # outside: 0 * inf
-    features[3, 0, 1, 2] = torch.inf
-    features[4, 0] = -torch.inf
-    mask = torch.ones(5, 2, 3, dtype=torch.bool, device=device)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("width", [3, 20])  # less and more than a vector
+def test_nan_and_infinity(backend, device, layout, width):
+    features = torch.zeros(5, 2, 2, width)
+    features[0, :, 0, 1:3] = torch.nan  # the first counts
+    features[1, :, 0, 0] = torch.nan  # outside the mask: 0 * NaN
+    features[2, :, 0, 0] = torch.inf  # outside: 0 * inf
+    features[3, :, 1, 2] = torch.inf
+    features[4] = -torch.inf
+    mask = torch.ones(5, 2, width, dtype=torch.bool, device=device)
     mask[1:4, 0, 0] = False
-    found = run(backend, masked_max_pool, [features], mask)
-    value, grad = found.values[0].flatten().tolist(), found.grads[0].flatten(1)
-    assert [each != each for each in value] == [True, True, True, False, False]
-    assert value[3:] == [torch.inf, -torch.inf]
-    assert grad.ne(0).nonzero().tolist() == [[0, 1], [3, 5], [4, 0]]
+    found = run(backend, masked_max_pool, [lay_out(features, layout).to(device)], mask)
+    value, grad = found.values[0], found.grads[0].flatten(2).transpose(0, 1)
+    assert value.isnan().tolist() == [[True] * 2] * 3 + [[False] * 2] * 2
+    assert value[3:].tolist() == [[torch.inf] * 2, [-torch.inf] * 2]
+    for channel in grad:
+        assert channel.ne(0).nonzero().tolist() == [[0, 1], [3, width + 2], [4, 0]]
 
 
 @everywhere

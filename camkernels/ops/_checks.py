@@ -7,6 +7,8 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
+from camkernels.reference.cam import accumulate_dtype
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -112,6 +114,7 @@ def mask(function: str, value: object, like: Tensor | None = None, argument: str
 
 
 def boxes(function: str, value: object, images: Tensor) -> Tensor:
+    """In the type that ``images`` are resampled in, without gradient."""
     value = tensor(function, "boxes", value, "[N, 4]", (2,))
     if value.shape != (images.shape[0], 4):
         raise ValueError(
@@ -119,8 +122,10 @@ def boxes(function: str, value: object, images: Tensor) -> Tensor:
             f"[{images.shape[0]}, 4]"
         )
     same_device(function, "boxes", value, images, "images")
+    # As kernels see them: rounded, a thin box may be none.
+    value = value.detach().to(accumulate_dtype(images.dtype))
     if value.device.type == "cpu" and not torch.compiler.is_compiling():  # there it waits for nothing
-        x0, y0, x1, y1 = value.detach().unbind(1)
+        x0, y0, x1, y1 = value.unbind(1)
         for index in (~(value.isfinite().all(1) & (x0 < x1) & (y0 < y1))).nonzero()[:1].flatten().tolist():
             raise ValueError(
                 f"{function}: boxes holds {value[index].tolist()} for image {index}; it must be finite "

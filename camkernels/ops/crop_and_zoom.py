@@ -10,7 +10,6 @@ from camkernels import _backend, reference
 from camkernels._library import define_op, memory_format
 from camkernels.ops import _checks
 from camkernels.ops._autograd import first_order
-from camkernels.reference.cam import accumulate_dtype
 
 BACKENDS = ("reference", "cpu", "triton")
 
@@ -50,13 +49,12 @@ def crop_and_zoom(images: Tensor, boxes: Tensor, size: int | Sequence[int]) -> T
     """
     name = "crop_and_zoom"
     images = _checks.pictures(name, images)
-    boxes = _checks.boxes(name, boxes, images).detach()
+    boxes = _checks.boxes(name, boxes, images)
     height, width = _checks.size(name, size)
     requested = _backend.setting()
     if _backend.resolve(name, requested, images.device.type, images.dtype, BACKENDS) == "reference":
         zoomed = reference.crop_and_zoom(images, boxes, (height, width))
         return zoomed.contiguous(memory_format=memory_format(images))
-    boxes = boxes.to(accumulate_dtype(images.dtype))
     zoomed = _CropAndZoom.apply(images, boxes, height, width, requested)
     return zoomed
 

@@ -15,7 +15,8 @@ def positions(low: Tensor, high: Tensor, count: int) -> Tensor:
 
 def crop_and_zoom(images: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     accumulate = accumulate_dtype(images.dtype)
-    x0, y0, x1, y1 = boxes.detach().to(accumulate).unbind(1)
+    boxes = boxes.detach().to(accumulate)
+    x0, y0, x1, y1 = boxes.unbind(1)
     y, x = positions(y0, y1, size[0])[:, :, None], positions(x0, x1, size[1])[:, None, :]
     grid = torch.stack(torch.broadcast_tensors(x, y), -1)  # [N, h, w, 2]
     with torch.autocast(images.device.type, enabled=False):
