@@ -39,7 +39,8 @@ def images_of(shape=(5, 3, 19, 23), dtype=torch.float32, layout="contiguous", de
 
 
 def boxes_of(images):
-    return torch.tensor(BOXES[: images.shape[0]], device=images.device)
+    wide = torch.float64 if images.dtype == torch.float64 else torch.float32
+    return torch.tensor(BOXES[: images.shape[0]], device=images.device, dtype=wide)
 
 
 def by_grid_sample(boxes, size):
