@@ -256,6 +256,18 @@ def test_a_gradient_of_one_result_only(backend, device, which):
         assert_as_close_as(value.cpu(), other, exact)
 
 
+@may_hold_infinities
+@on_kernels
+def test_an_infinite_gradient_of_the_attention_stays_with_its_class(backend, device):
+    features = torch.ones(1, 1, 1, 2, device=device)
+    weight = torch.tensor([[[1.0], [2.0], [3.0]], [[0.0], [1.0], [2.0]]], device=device, requires_grad=True)
+    with camkernels.use_backend(backend):
+        results = fused_local_activations(features, weight)
+        upstream = [torch.ones_like(results[0]), torch.full_like(results[1], torch.inf)]
+        (grad,) = torch.autograd.grad(results, weight, upstream)
+    assert grad.flatten().tolist() == [2.0, torch.inf, 2.0, 0.0, 0.0, 0.0]
+
+
 @on_kernels
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
 def test_weight_of_another_dtype(backend, device, weight_dtype):
