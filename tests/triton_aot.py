@@ -228,6 +228,12 @@ def record() -> list[tuple[Any, ...]]:
             features_of(dtype, layout, size), leaves[0], leaves[1] if with_bias else None
         )
         backward(*(local if with_bias else local[:1]))
+    # Weights that load singly, for rows are no whole number of vectors.
+    camkernels.fused_local_activations(
+        features_of(torch.float16, layouts[1], 7, 100),
+        torch.empty((3, 30, 100), dtype=torch.float16),
+        torch.empty((3, 30)),
+    )
     mask = torch.empty((2, 14, 14), dtype=torch.bool)
     camkernels.attention_boxes(mask)
     whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(2, 4)
@@ -263,6 +269,7 @@ def compile_for(capability: int, launch: tuple[Any, ...]) -> dict[str, Any]:
         # Disassembling takes longer than compiling; without a stack there is nowhere to spill to.
         sass = examine("--dump-sass", cubin.name) if int(stack) else ""
         assert "EXIT" in sass or not int(stack), "no machine code in the dump"
+    ptx = compiled.asm["ptx"]
     return {
         "kernel": name,
         "capability": capability,
@@ -270,8 +277,9 @@ def compile_for(capability: int, launch: tuple[Any, ...]) -> dict[str, Any]:
         "registers": int(registers),
         # Counted in the machine code: a stack frame may be there that nothing goes to.
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "float_operations": sorted(set(re.findall(r"\b(?:add|sub|mul|fma|div)\.[\w.]*f32", ptx))),
         "shared_bytes": compiled.metadata.shared,
-        "widest_load": max(map(int, re.findall(r"ld\.global[\w.:]*\.v(\d)", compiled.asm["ptx"])), default=1),
+        "widest_load": max(map(int, re.findall(r"ld\.global[\w.:]*\.v(\d)", ptx)), default=1),
     }
 
 

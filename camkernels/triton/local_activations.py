@@ -397,7 +397,10 @@ def local_activations_fwd(
     # Fewer in float32 where all multiprocessors then have some: there a program waits for its sums.
     most_pixels = 64 if half or images * pixels > 32 * PROGRAMS else 32
     block_p = power_of_two(images * pixels, 16, most_pixels)
-    block_l, block_n = rows_of_program(classifiers, classes, 128 if half else 4096 // block_p)
+    most_rows = 128 if half else 4096 // block_p
+    if channels % 16:  # loads of single weights need an address for each
+        most_rows //= 2
+    block_l, block_n = rows_of_program(classifiers, classes, most_rows)
     with on_device_of(features):
         local_activations_fwd_kernel[(triton.cdiv(images * pixels, block_p),)](
             features,
