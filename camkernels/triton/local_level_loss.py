@@ -18,6 +18,8 @@ from camkernels.triton.front import (
 
 # Classes that one block holds; where there are more, backward reads the activations twice.
 WHOLE_PIXEL = 1024
+# Pixels of the mask that a program counts at a time, for it counts those of its whole image.
+MOST_COUNTED = 1024
 TILE = 64  # pixels whose losses are one number of the output, as its shape has it
 
 
@@ -57,12 +59,12 @@ def exponential_sum(activations_ptr, pixel, classes, pixels, BLOCK_L: tl.constex
 
 
 @triton.jit
-def labels_of(mask_ptr, target_ptr, image, pixel, classes, pixels, images, BLOCK: tl.constexpr):
+def labels_of(mask_ptr, target_ptr, image, pixel, classes, pixels, images, BLOCK_M: tl.constexpr):
     """The class of each pixel, and what its cross entropy counts in the loss; NaN if the class is none."""
     mask_ptr += image * pixels
-    counts = tl.zeros([BLOCK], tl.int32)
-    for first in range(0, pixels, BLOCK):
-        other = first + tl.arange(0, BLOCK)
+    counts = tl.zeros([BLOCK_M], tl.int32)
+    for first in range(0, pixels, BLOCK_M):
+        other = first + tl.arange(0, BLOCK_M)
         counts += (tl.load(mask_ptr + other, mask=other < pixels, other=0) != 0).to(tl.int32)
     size = tl.cast(pixels, tl.float32)
     share = tl.div_rn(tl.sum(counts, 0).to(tl.float32), size)
@@ -85,6 +87,7 @@ def local_level_loss_kernel(
     ALIGN: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):
     pixels = pixel_groups * ALIGN
     program = tl.program_id(0)
@@ -93,7 +96,7 @@ def local_level_loss_kernel(
     pixel = program % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = pixel < pixels
     activations_ptr += image * classes * pixels
-    label, part = labels_of(mask_ptr, target_ptr, image, pixel, classes, pixels, images, BLOCK_P)
+    label, part = labels_of(mask_ptr, target_ptr, image, pixel, classes, pixels, images, BLOCK_M)
     shift, total = exponential_sum(activations_ptr, pixel, classes, pixels, BLOCK_L)
     wanted = tl.load(activations_ptr + label.to(tl.int64) * pixels + pixel, mask=inside, other=0.0)
     loss = (shift - wanted.to(tl.float32)) + tl.log(total)
@@ -124,6 +127,7 @@ def local_level_loss_bwd_kernel(
     WHOLE: tl.constexpr,  # one block has all classes
     BLOCK_L: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):
     pixels = pixel_groups * ALIGN
     program = tl.program_id(0)
@@ -132,7 +136,7 @@ def local_level_loss_bwd_kernel(
     pixel = program % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
     activations_ptr += image * classes * pixels
     grad_activations_ptr += image * classes * pixels
-    wanted, part = labels_of(mask_ptr, target_ptr, image, pixel, classes, pixels, images, 64)
+    wanted, part = labels_of(mask_ptr, target_ptr, image, pixel, classes, pixels, images, BLOCK_M)
     factor = tl.load(grad_ptr) * part
     if WHOLE:
         label = tl.arange(0, BLOCK_L)
@@ -173,6 +177,7 @@ def local_level_loss_fwd(
             ALIGN=align,
             BLOCK_L=block_l,
             BLOCK_P=TILE,
+            BLOCK_M=power_of_two(height * width, 1, MOST_COUNTED),
             num_warps=power_of_two(block_l // 32, 4, 8),
             **registers(128),
         )
@@ -205,6 +210,7 @@ def local_level_loss_bwd(
             WHOLE=classes <= block_l,
             BLOCK_L=block_l,
             BLOCK_P=block_p,
+            BLOCK_M=power_of_two(pixels, 1, MOST_COUNTED),
             num_warps=power_of_two(block_l * block_p // 1024, 4, 16),
             **registers(128),
         )
