@@ -150,14 +150,15 @@ def test_one_number_is_both_sides(backend, device):
 @on_kernels
 def test_a_box_that_is_none_gives_nan(backend, device):
     """As on a device that cannot raise; the checks of the public function are left out here."""
-    images = images_of((4, 2, 5, 6), device=device)
-    boxes = torch.tensor(
-        [(0.0, 0.0, 1.0, 1.0), (0.5, 0.0, 0.5, 1.0), (0.0, torch.nan, 1.0, 1.0), (0.0, 0.0, torch.inf, 1.0)],
-        device=device,
-    )
-    zoomed = torch.ops.camkernels.crop_and_zoom_fwd(images, boxes, 4, 3, backend)
-    grad = torch.ops.camkernels.crop_and_zoom_bwd(torch.ones_like(zoomed), boxes, 5, 6, backend)
-    by_definition = camkernels.reference.crop_and_zoom(images, boxes, (4, 3))
+    images = images_of((11, 2, 3, 4), device=device)
+    boxes = torch.tensor([BOXES[0]] * 11)
+    boxes[1, 0], boxes[2, 1] = 1.0, 1.5  # no width, and less than no height
+    boxes[range(3, 7), range(4)] = torch.nan
+    boxes[range(7, 11), range(4)] = torch.tensor([-torch.inf, -torch.inf, torch.inf, torch.inf])
+    boxes = boxes.to(device)
+    zoomed = torch.ops.camkernels.crop_and_zoom_fwd(images, boxes, 2, 3, backend)
+    grad = torch.ops.camkernels.crop_and_zoom_bwd(torch.ones_like(zoomed), boxes, 3, 4, backend)
+    by_definition = camkernels.reference.crop_and_zoom(images, boxes, (2, 3))
     for result in (zoomed, grad, by_definition):
         assert result[0].isfinite().all()
         assert result[1:].isnan().all()

@@ -63,14 +63,18 @@ def compile_afresh(nvcc, folder):
         return [row for rows in pool.map(compile_one, sources) for row in rows]
 
 
+def nvcc_of():
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+
+
 @pytest.fixture(scope="module")
 def resources(tmp_path_factory):
     """As the build of this installation recorded them; where it left CUDA out, of a fresh compilation."""
     recorded = _C.kernel_resources()
     if recorded:
         return recorded
-    home = os.environ.get("CUDA_HOME")
-    nvcc = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+    nvcc = nvcc_of()
     if nvcc is None:
         pytest.skip("nvcc is not installed")
     return compile_afresh(nvcc, tmp_path_factory.mktemp("cuda"))
@@ -93,6 +97,23 @@ def test_streaming_kernels_fill_half_a_multiprocessor(resources, pattern, regist
     rows = [row for row in resources if re.search(rf"\b{pattern}\(", row["kernel"])]
     assert {row["arch"] for row in rows} == set(built_architectures())
     assert max(row["registers"] for row in rows) <= registers
+
+
+def test_otsu_rounds_every_operation_by_itself(tmp_path):
+    """A product and a sum in one rounding would put a pixel on the other side of an edge."""
+    nvcc = nvcc_of()
+    if nvcc is None:
+        pytest.skip("nvcc is not installed")
+    source, ptx = tmp_path / "otsu.cu", tmp_path / "otsu.ptx"
+    source.write_text(
+        f'#include "{ROOT}/csrc/cuda/otsu_mask.cuh"\n'
+        "template __global__ void camkernels::cuda::otsu_mask_fwd_kernel<float>("
+        "const __grid_constant__ camkernels::cuda::OtsuMaskFwd);\n"
+    )
+    command = [nvcc, "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-arch=sm_90", "-ptx"]
+    subprocess.run([*command, str(source), "-o", str(ptx)], check=True)
+    used = set(re.findall(r"\b(?:mul|fma|div)\.[\w.]*f32", ptx.read_text()))
+    assert used == {"mul.f32", "mul.rn.f32", "div.rn.f32"}
 
 
 def test_shared_memory_is_all_dynamic(resources):

@@ -55,6 +55,12 @@ def test_image_stage_loads_whole_vectors(report, kernel):
     assert {row["widest_load"] for row in report["compiled"] if row["kernel"] == kernel} == {4}
 
 
+def test_otsu_rounds_every_operation_by_itself(report):
+    """Without ``rn`` ptxas may fuse a product and a sum, and a division may be off by a bit."""
+    used = {op for row in report["compiled"] if "otsu" in row["kernel"] for op in row["float_operations"]}
+    assert used == {"add.rn.f32", "sub.rn.f32", "mul.rn.f32", "div.rn.f32"}
+
+
 def test_a_shift_is_no_reason_to_compile_again(report):
     """Shifts may be random; one of these moves by exactly one cell, a number that Triton would bake in."""
     moved = [row["case"] for row in report["compiled"] if "offset_x" in row["case"]]
