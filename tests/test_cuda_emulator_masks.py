@@ -107,13 +107,18 @@ def test_the_first_of_many_equal_pixels(emulator, layout):
         otsu.test_ranges_that_bins_hardly_divide,
         pooling.test_pixels_outside_the_mask_count_as_zero,
         pooling.test_the_first_of_equal_pixels_has_the_gradient,
-        pooling.test_nan_and_infinity,
         pooling.test_an_infinite_gradient_outside_the_mask_is_multiplied_by_zero,
     ],
     ids=lambda check: check.__name__,
 )
 def test_what_holds_on_every_backend(emulator, check):
     check("triton", "cpu")
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("width", [3, 20])
+def test_nan_and_infinity(emulator, layout, width):
+    pooling.test_nan_and_infinity("triton", "cpu", layout, width)
 
 
 def test_pools_whose_pixels_no_int_counts(emulator):
