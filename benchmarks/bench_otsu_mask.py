@@ -30,7 +30,8 @@ def make(
 
 
 def eager(attention: Tensor, *, bins: int) -> tuple[Tensor, Tensor]:
-    """As a careful user would write it: histograms of all maps at once, and their running sums."""
+    """As a careful user would write it: histograms of all maps at once, and their running sums. Rounded in
+    another way than scikit-image's, so that a threshold may be another of those that are as good."""
     values = attention.flatten(1).to(torch.promote_types(attention.dtype, torch.float32))  # [N, P]
     low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
     bin_of = ((values - low) * (bins / (high - low))).long().clamp_max(bins - 1)
@@ -60,7 +61,7 @@ def skimage_loop(attention: Tensor, *, bins: int) -> tuple[Tensor, Tensor]:
 
 
 def others(row: Mapping[str, Any], variant: str) -> dict[str, harness.Function]:
-    return {"skimage": skimage_loop} if find_spec("skimage") else {}
+    return {"exact": reference_otsu_mask, **({"skimage": skimage_loop} if find_spec("skimage") else {})}
 
 
 def cost(row: Mapping[str, Any], variant: str, dtype: torch.dtype, direction: str) -> measure.Cost:

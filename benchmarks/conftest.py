@@ -13,7 +13,16 @@ import schema
 import torch
 
 RESULTS = pytest.StashKey[dict[str, list[schema.Row]]]()
-PROVIDERS = ("eager", "compile", "compile-max-autotune", "camkernels", "gathered", "released", "skimage")
+PROVIDERS = (
+    "eager",
+    "compile",
+    "compile-max-autotune",
+    "camkernels",
+    "gathered",
+    "released",
+    "exact",
+    "skimage",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -409,7 +409,7 @@ def test_a_wrong_result_is_refused(bench, row, variant):
 
 
 def test_a_tiny_run_gives_rows_that_the_report_reads(tmp_path):
-    providers = "eager,camkernels,gathered,released,skimage"
+    providers = "eager,camkernels,gathered,released,exact,skimage"
     left_out = ("smoke-multi-label", "smoke-all", "smoke-single", "smoke-many")
     command = [sys.executable, "-m", "pytest", "-q", str(BENCHMARKS), "--rows", "smoke", "--max-images", "2"]
     command += ["--seconds", "0", "--providers", providers, "--results", str(tmp_path / "results")]
@@ -566,18 +566,19 @@ def test_half_as_many_times_less_memory_is_wanted_as_there_are_classifiers():
     assert not met(79, 10)
 
 
-def test_twenty_times_a_loop_over_scikit_image_is_wanted():
+@pytest.mark.parametrize(("other", "wanted"), [("skimage", 20), ("exact", 5)])
+def test_a_multiple_of_the_speed_of_other_exact_forms_is_wanted(other, wanted):
     def judged(seconds: float, device: str = "cpu", row: str = "many-maps") -> list[bool]:
         rows = [
-            synthetic_row("skimage", id=row, seconds=seconds),
+            synthetic_row(other, id=row, seconds=seconds),
             synthetic_row("camkernels", id=row, seconds=1),
         ]
-        beside = report.measurements_beside("skimage", "otsu_mask", device, rows)
-        return [verdict.met for verdict in report.judge_beside("skimage", beside)]
+        beside = report.measurements_beside(other, "otsu_mask", device, rows)
+        return [verdict.met for verdict in report.judge_beside(other, beside)]
 
-    assert judged(20) == [True]
-    assert judged(19) == [False]
-    assert judged(19, device="cuda") == judged(19, row="smoke") == []
+    assert judged(wanted) == [True]
+    assert judged(wanted - 1) == [False]
+    assert judged(wanted - 1, device="cuda") == judged(wanted - 1, row="smoke") == []
 
 
 @pytest.mark.parametrize("other", report.OTHERS)

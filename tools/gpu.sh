@@ -54,7 +54,7 @@ if [[ ${2:-} == "" ]]; then
   wait
 
   step benchmarks 535 "$python" -m pytest benchmarks "${rows[@]}" \
-    --providers eager,camkernels,gathered,released,skimage --results "$results/without-compile"
+    --providers eager,camkernels,gathered,released,exact,skimage --results "$results/without-compile"
 else
   # Compilations take most of it: a step for each op, so that one which ends early takes nothing from another.
   until=135
