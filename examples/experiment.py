@@ -35,7 +35,8 @@ E = TypeVar("E", bound=Evaluation)
 
 
 class Experiment(ABC, Generic[E]):
-    """Ways to train that start from the same weights and see the same batches; the first is the baseline."""
+    """Ways to train that start from the same weights, or go on from one another, and see the same batches;
+    the first is the baseline."""
 
     title: str
     defaults: ClassVar[dict[str, Any]]  # of the options that all experiments have

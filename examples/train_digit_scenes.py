@@ -9,10 +9,10 @@
     python examples/train_digit_scenes.py --device cuda --epochs 20
     torchrun --nproc-per-node 2 examples/train_digit_scenes.py --method i2c
 
-All runs start from the same weights and see the same batches; several processes share each batch. Tables are
-printed; the picture ``scenes.png`` and all numbers, ``results.json``, go to the folder ``demo``, those of
-another method to a folder of its own such as ``demo-vac``, those of hnc to one for each of its two kinds of
-scenes in ``demo-hnc``.
+Runs start from the same weights, but for those that go on from another, and see the same batches; several
+processes share each batch. Tables are printed; the picture ``scenes.png`` and all numbers, ``results.json``,
+go to the folder ``demo``, those of another method to a folder of its own such as ``demo-vac``, those of hnc
+to one for each of its two kinds of scenes in ``demo-hnc``.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--epochs", type=positive, help="passes over the training images")
     add("--batch-size", type=positive, default=64, help="images per step, at least 2")
     add("--learning-rate", type=float, help="at the start; it falls to 0 along a cosine")
-    add("--weight-decay", type=float, help="as in the papers")
+    add("--weight-decay", type=float, help="that of the method unless given")
     add("--seed", type=int, default=0, help="of scenes, weights and batches")
     add("--device", type=device, default="cpu", help="cpu, cuda, cuda:1, xpu")
     add(
@@ -144,7 +144,7 @@ def compare(experiment: Experiment[Any], options: argparse.Namespace, console: C
         module.to(options.device).to(memory_format=torch.channels_last)
     console.print(
         f"{len(train_scenes.labels)} training and {len(test_scenes.labels)} test images of "
-        f"{len(train_scenes.classes)} classes; {options.epochs} epochs each of "
+        f"{len(train_scenes.classes)} classes; {options.epochs} epochs at a time of "
         f"{'; '.join(method.title for method in methods.values())}; on {options.device}"
         + (f", {world().size} processes" if world().size > 1 else "")
     )

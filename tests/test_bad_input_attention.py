@@ -53,11 +53,15 @@ LOCAL_ACTIVATIONS = [
         "weight is a Conv2d; it must be a tensor [n, L + 1, C]: pass its .weight",
     ),
     ({"weight": WEIGHT.long()}, TypeError, f"weight has dtype int64; {FLOATS}"),
-    ({"weight": WEIGHT[0]}, ValueError, "weight has shape [4, 3]; it must be [n, L + 1, C]"),
-    (
-        {"weight": WEIGHT.view(24, 3, 1, 1)},
-        ValueError,
-        "weight has shape [24, 3, 1, 1]; it must be [n, L + 1, C]",
+    ({"weight": WEIGHT[0, 0]}, ValueError, "weight has shape [3]; it must be [n, L + 1, C]"),
+    *(
+        (
+            {"weight": weight},
+            ValueError,
+            f"weight has shape {list(weight.shape)}; it must be [n, L + 1, C]: of a linear layer or a 1 x 1 "
+            "convolution pass weight.view(n, L + 1, C)",
+        )
+        for weight in (WEIGHT.view(24, 3), WEIGHT.view(24, 3, 1, 1))
     ),
     *(
         ({"weight": weight}, ValueError, f"weight has shape {list(weight.shape)}; {OF_CLASSIFIERS}")
@@ -71,7 +75,11 @@ LOCAL_ACTIVATIONS = [
     ({"weight": WEIGHT.to("meta")}, ValueError, f"weight is on meta and features on cpu; {ONE_DEVICE}"),
     ({"bias": 1.0}, TypeError, "bias is a float; it must be a tensor [n, L + 1]"),
     ({"bias": BIAS.int()}, TypeError, f"bias has dtype int32; {FLOATS}"),
-    ({"bias": BIAS.flatten()}, ValueError, "bias has shape [24]; it must be [n, L + 1]"),
+    (
+        {"bias": BIAS.flatten()},
+        ValueError,
+        "bias has shape [24] and weight [6, 4, 3]; it must be [6, 4]: pass bias.view(n, L + 1)",
+    ),
     (
         {"bias": BIAS[:5]},
         ValueError,
@@ -83,19 +91,26 @@ LOCAL_ACTIVATIONS = [
 
 OTSU_MASK = [
     ({"maps": [1.0]}, TypeError, "maps is a list; it must be a tensor [..., H, W]"),
+    (
+        {"maps": LocalActivations(ATTENTION, ATTENTION)},
+        TypeError,
+        "maps is a LocalActivations; it must be a tensor [..., H, W]: pass its .attention",
+    ),
     ({"maps": ATTENTION.int()}, TypeError, f"maps has dtype int32; {FLOATS}"),
     ({"maps": MASK}, TypeError, f"maps has dtype bool; {FLOATS}"),
     ({"maps": ATTENTION[0, 0]}, ValueError, "maps has shape [5]; it must be [..., H, W]"),
     ({"maps": torch.tensor(1.0)}, ValueError, "maps has shape []; it must be [..., H, W]"),
     ({"maps": ATTENTION[:, :0]}, ValueError, "maps has shape [2, 0, 5]; H and W must be at least 1"),
     ({"maps": ATTENTION[..., :0]}, ValueError, "maps has shape [2, 4, 0]; H and W must be at least 1"),
-    ({"bins": 256.0}, TypeError, "bins is a float; it must be an integer of at least 1"),
-    ({"bins": None}, TypeError, "bins is a NoneType; it must be an integer of at least 1"),
-    ({"bins": True}, TypeError, "bins is a bool; it must be an integer of at least 1"),
-    ({"bins": -2}, ValueError, "bins is -2; it must be an integer of at least 1"),
+    ({"bins": 256.0}, TypeError, "bins is a float; it must be an integer from 2 to 4096"),
+    ({"bins": None}, TypeError, "bins is a NoneType; it must be an integer from 2 to 4096"),
+    ({"bins": True}, TypeError, "bins is a bool; it must be an integer from 2 to 4096"),
+    ({"bins": -2}, ValueError, "bins is -2; it must be an integer from 2 to 4096"),
     ({"bins": 1}, ValueError, "bins is 1; it must be an integer from 2 to 4096"),
     ({"bins": 4097}, ValueError, "bins is 4097; it must be an integer from 2 to 4096"),
 ]
+
+BOOL = "it must be bool, as otsu_mask makes it of an attention map"
 
 OF_MASK = [
     ({"mask": None}, TypeError, "mask is a NoneType; it must be a bool tensor [N, H, W]"),
@@ -104,8 +119,8 @@ OF_MASK = [
         TypeError,
         "mask is a OtsuMask; it must be a bool tensor [N, H, W]: pass its .mask",
     ),
-    ({"mask": MASK.float()}, TypeError, "mask has dtype float32; it must be bool"),
-    ({"mask": MASK.byte()}, TypeError, "mask has dtype uint8; it must be bool"),
+    ({"mask": MASK.float()}, TypeError, f"mask has dtype float32; {BOOL}"),
+    ({"mask": MASK.byte()}, TypeError, f"mask has dtype uint8; {BOOL}"),
     ({"mask": MASK[0]}, ValueError, "mask has shape [4, 5]; it must be [N, H, W], H and W at least 1"),
     (
         {"mask": MASK[:, None]},
@@ -227,6 +242,21 @@ CROP_AND_ZOOM = [
         ValueError,
         "boxes holds [0.5, 0.0, 0.5, 1.0] for image 1; it must be finite (x0, y0, x1, y1) "
         "with x0 < x1 and y0 < y1",
+    ),
+    *(
+        (
+            {"boxes": box(*numbers)},
+            ValueError,
+            f"boxes holds {list(numbers)} for image 1, which lies outside the image; boxes are fractions of "
+            "width and height: divide pixels by them",
+        )
+        for numbers in (
+            (10.0, 20.0, 50.0, 60.0),
+            (1.0, 0.0, 1.5, 1.0),
+            (0.0, 1.0, 1.0, 1.5),
+            (-0.5, 0.0, 0.0, 1.0),
+            (0.0, -0.5, 1.0, 0.0),
+        )
     ),
     ({"size": 4.0}, TypeError, "size is a float; it must be an integer of at least 1"),
     ({"size": None}, TypeError, "size is a NoneType; it must be an integer of at least 1"),

@@ -12,6 +12,10 @@ from camkernels.reference.cam import accumulate_dtype
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
+# The fields of results that are meant where an argument is given the whole.
+HELD = {"maps": ("attention",), "attention": ("attention", "mask")}
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -20,9 +24,8 @@ def tensor(function: str, argument: str, value: object, shape: str, dims: Sequen
     """A float tensor whose number of dimensions is one of ``dims``."""
     if not isinstance(value, Tensor):
         # A layer in place of its weight, the result of fused_cam_seeds in place of its vectors.
-        held = next(
-            (name for name in (argument, "vectors") if isinstance(getattr(value, name, 0), Tensor)), None
-        )
+        names = HELD.get(argument, (argument, "vectors"))
+        held = next((name for name in names if isinstance(getattr(value, name, 0), Tensor)), None)
         hint = "" if held is None else f": pass its .{held}"
         raise TypeError(
             f"{function}: {argument} is a {type(value).__name__}; it must be a tensor {shape}{hint}"
@@ -63,6 +66,11 @@ def weight(function: str, value: object, features: Tensor) -> Tensor:
 
 def local_weight(function: str, value: object, features: Tensor) -> Tensor:
     """Of n linear classifiers that share their classes, the last of which is the background."""
+    if isinstance(value, Tensor) and value.dim() in (2, 4):
+        raise ValueError(
+            f"{function}: weight has shape {list(value.shape)}; it must be [n, L + 1, C]: of a linear layer "
+            "or a 1 x 1 convolution pass weight.view(n, L + 1, C)"
+        )
     value = tensor(function, "weight", value, "[n, L + 1, C]", (3,))
     if value.shape[1] < 2 or not 1 <= value.shape[0] <= 256:
         raise ValueError(
@@ -80,11 +88,11 @@ def local_weight(function: str, value: object, features: Tensor) -> Tensor:
 def local_bias(function: str, value: object, weight: Tensor) -> Tensor | None:
     if value is None:
         return None
-    value = tensor(function, "bias", value, "[n, L + 1]", (2,))
+    value = tensor(function, "bias", value, "[n, L + 1]", (1, 2))
     if value.shape != weight.shape[:2]:
         raise ValueError(
             f"{function}: bias has shape {list(value.shape)} and weight {list(weight.shape)}; it must be "
-            f"{list(weight.shape[:2])}"
+            f"{list(weight.shape[:2])}" + (": pass bias.view(n, L + 1)" if value.dim() == 1 else "")
         )
     return same_device(function, "bias", value, weight, "weight")
 
@@ -98,7 +106,10 @@ def mask(function: str, value: object, like: Tensor | None = None, argument: str
             + (": pass its .mask" if held else "")
         )
     if value.dtype != torch.bool:
-        raise TypeError(f"{function}: mask has dtype {dtype_name(value.dtype)}; it must be bool")
+        raise TypeError(
+            f"{function}: mask has dtype {dtype_name(value.dtype)}; it must be bool, as otsu_mask "
+            "makes it of an attention map"
+        )
     if value.dim() != 3 or 0 in value.shape[1:]:
         raise ValueError(
             f"{function}: mask has shape {list(value.shape)}; it must be [N, H, W], H and W at least 1"
@@ -131,11 +142,19 @@ def boxes(function: str, value: object, images: Tensor) -> Tensor:
                 f"{function}: boxes holds {value[index].tolist()} for image {index}; it must be finite "
                 "(x0, y0, x1, y1) with x0 < x1 and y0 < y1"
             )
+        outside = (x0 >= 1) | (y0 >= 1) | (x1 <= 0) | (y1 <= 0)
+        for index in outside.nonzero()[:1].flatten().tolist():
+            raise ValueError(
+                f"{function}: boxes holds {value[index].tolist()} for image {index}, which lies outside the "
+                "image; boxes are fractions of width and height: divide pixels by them"
+            )
     return value
 
 
 def bins(function: str, value: object) -> int:
-    result = positive_int(function, "bins", value)
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{function}: bins is a {type(value).__name__}; it must be an integer from 2 to 4096")
+    result = int(value)
     if not 2 <= result <= 4096:
         raise ValueError(f"{function}: bins is {result}; it must be an integer from 2 to 4096")
     return result

@@ -25,12 +25,14 @@ def crop_and_zoom(images: Tensor, boxes: Tensor, size: int | Sequence[int]) -> T
         x = x0 * W0 + (j + 0.5) * (x1 - x0) * W0 / w - 0.5
 
     between the four pixels around, ``align_corners=False``; beyond the image its border repeats. The box of a
-    whole image gives ``F.interpolate(images, size, mode="bilinear")``. A zoom out does not smooth first.
+    whole image gives ``F.interpolate(images, size, mode="bilinear")``. A box of another shape than ``size``
+    is stretched; a zoom out does not smooth first.
 
     Args:
         images: ``[N, D, H0, W0]``, any float dtype; NCHW or channels_last, read in place.
         boxes: ``[N, 4]``, float: ``(x0, y0, x1, y1)`` as fractions of width and height, as
-            ``attention_boxes`` gives them; ``x0 < x1`` and ``y0 < y1``. They may reach beyond the image.
+            ``attention_boxes`` gives them, not pixels; ``x0 < x1`` and ``y0 < y1``. They may reach beyond the
+            image.
         size: height and width of the result, or one number for both.
 
     Returns:
@@ -41,8 +43,8 @@ def crop_and_zoom(images: Tensor, boxes: Tensor, size: int | Sequence[int]) -> T
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
-        ValueError: a wrong shape, device or size; on the CPU a box that is none. On a GPU its image is NaN
-            instead.
+        ValueError: a wrong shape, device or size; on the CPU a box that is none, or lies outside its image.
+            On a GPU, and under ``torch.compile``, the image of a box that is none is NaN instead.
 
     Source: Shen and Liu, "Generating Attention from Classifier Activations for Fine-grained Recognition",
     §4.4.

@@ -29,8 +29,8 @@ def fused_local_activations(features: Tensor, weight: Tensor, bias: Tensor | Non
 
         activations, attention = fused_local_activations(features, weight, bias)
 
-    The volume of all classifiers, ``[N, n * (L + 1), H, W]``, is never made: only the winning activation and
-    which classifier won, one byte, leave the kernel.
+    The volume of all classifiers, ``[N, n * (L + 1), H, W]``, is never made: of each class and pixel only the
+    winning activation and which classifier won, one byte, leave the kernel.
 
     Args:
         features: last feature maps, ``[N, C, H, W]``; NCHW or channels_last, read in place.
