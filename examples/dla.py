@@ -3,6 +3,7 @@ or more scales."""
 
 import argparse
 import copy
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,8 +68,9 @@ class Recognition(Method):
     scale: int = 1
     leads: bool = False  # to another scale, which sees what this one attends to
 
+    @abstractmethod
     def predict(self, network: Network, images: Tensor) -> Predictions:
-        raise NotImplementedError
+        """Of images as the network takes them."""
 
 
 class MaxPooling(Recognition):
