@@ -62,18 +62,13 @@ class OtsuScan {
     std::fill_n(pixels_in_.get(), bins_, 0);
     edges[bins_] =
         std::numeric_limits<Real>::infinity();  // while bins are settled: nothing is above the last
-    for (int64_t i = 0; i < pixels; ++i) ++pixels_in_[settled_bin(near[i], map[i], edges)];
+    const auto edge_of = [edges](int index) { return edges[index]; };
+    for (int64_t i = 0; i < pixels; ++i) ++pixels_in_[histogram.settled_bin(near[i], map[i], edge_of)];
     edges[bins_] = histogram.high;
     return best_center(edges);
   }
 
  private:
-  // As OtsuBins::settled_bin, without branches: nothing foretells them. No value is below edge 0.
-  static int settled_bin(int near, Real value, const Real* edges) {
-    const int index = near - (value < edges[near]);
-    return index + (value >= edges[index + 1]);
-  }
-
   // The middle of the last bin below the threshold: of the first that parts the pixels best.
   Real best_center(const Real* edges) {
     const int last = bins_ - 1;

@@ -113,7 +113,8 @@ __device__ inline void running_sum(float* values, int bins, bool from_above) {
 }
 
 __device__ __forceinline__ int bin_of(const OtsuBins<float>& bins, float value) {
-  return bins.settled_bin(bins.near_bin(value), value, [&](int index) { return bins.edge(index); });
+  return bins.settled_bin(bins.near_bin(value), value,
+                          [&](int index) { return index == bins.bins ? INFINITY : bins.edge(index); });
 }
 
 __device__ __forceinline__ float center_of(const OtsuBins<float>& bins, int index) {

@@ -50,11 +50,13 @@ struct OtsuBins {
     return index < bins - 1 ? index : bins - 1;
   }
 
-  // The bin itself, once edges have decided; `edge_of(index)` is edge(index), from a table or made anew.
+  // The bin itself, once edges have decided: `edge_of(index)` is edge(index), from a table or made anew, but
+  // infinite for `bins`, as nothing is above the last bin. Nothing is below edge 0. No branches: the values
+  // do not foretell them.
   template <typename EdgeOf>
-  CAMKERNELS_HD int settled_bin(int near, Real value, EdgeOf&& edge_of) const {
-    const int index = near > 0 && value < edge_of(near) ? near - 1 : near;
-    return index < bins - 1 && value >= edge_of(index + 1) ? index + 1 : index;
+  CAMKERNELS_HD static int settled_bin(int near, Real value, EdgeOf&& edge_of) {
+    const int index = near - (value < edge_of(near));
+    return index + (value >= edge_of(index + 1));
   }
 };
 
@@ -77,13 +79,6 @@ CAMKERNELS_HD Real variance_between(OtsuSide<Real> left, OtsuSide<Real> right) {
   const Real difference =
       left.sum / static_cast<Real>(left.count) - right.sum / static_cast<Real>(right.count);
   return static_cast<Real>(left.count * right.count) * (difference * difference);
-}
-
-// Whether a variance takes the place of the best one so far, of a lower bin: NaN is the greatest, as in
-// argmax.
-template <typename Real>
-CAMKERNELS_HD bool is_larger_variance(Real variance, Real best) {
-  return variance > best || (variance != variance && best == best);
 }
 
 }  // namespace camkernels
