@@ -49,6 +49,7 @@ def features(function: str, value: object, argument: str = "features") -> Tensor
 
 
 def weight(function: str, value: object, features: Tensor) -> Tensor:
+    """As [L, C]."""
     value = tensor(function, "weight", value, "[L, C] or [L, C, 1, 1]", (2, 4))
     if value.dim() == 4 and value.shape[2:] != (1, 1):
         raise ValueError(
@@ -61,7 +62,8 @@ def weight(function: str, value: object, features: Tensor) -> Tensor:
             f"{function}: weight has {value.shape[1]} channels and features {features.shape[1]}, being "
             f"{list(features.shape)}; they must be equal"
         )
-    return same_device(function, "weight", value, features)
+    value = same_device(function, "weight", value, features)
+    return value if value.dim() == 2 else value.flatten(1)
 
 
 def local_weight(function: str, value: object, features: Tensor) -> Tensor:

@@ -3,11 +3,9 @@
 import torch
 from torch import Tensor
 
-from camkernels import _backend, reference
-from camkernels._library import define_op
+from camkernels import reference
+from camkernels._op import Arguments, Op
 from camkernels.ops import _checks
-
-BACKENDS = ("reference", "cpu", "triton")
 
 
 def attention_boxes(mask: Tensor) -> Tensor:
@@ -36,15 +34,19 @@ def attention_boxes(mask: Tensor) -> Tensor:
     """
     name = "attention_boxes"
     mask = _checks.mask(name, mask)
-    requested = _backend.setting()
-    if _backend.resolve(name, requested, mask.device.type, mask.dtype, BACKENDS) == "reference":
-        return reference.attention_boxes(mask)
-    boxes: Tensor = torch.ops.camkernels.attention_boxes_fwd(mask, requested)
+    boxes: Tensor = ATTENTION_BOXES(name, mask)
     return boxes
 
 
-def _allocate(mask: Tensor) -> tuple[Tensor, ...]:
-    return (mask.new_empty((mask.shape[0], 4), dtype=torch.float32),)
+def _allocate(a: Arguments) -> None:
+    a.boxes = a.mask.new_empty(a.mask.shape[0], 4, dtype=torch.float32)
 
 
-define_op("attention_boxes_fwd", "Tensor mask", ("boxes",), allocate=_allocate, backends=BACKENDS)
+ATTENTION_BOXES = Op(
+    "attention_boxes",
+    "Tensor mask",
+    outputs="boxes",
+    allocate=_allocate,
+    reference=reference.attention_boxes,
+    backends=("reference", "cpu", "triton"),
+)

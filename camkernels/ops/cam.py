@@ -1,15 +1,11 @@
 """``fused_cam``: class activation maps, min-max normalised, differentiable."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from camkernels import _backend, reference
-from camkernels._library import define_op, memory_format, prepare_inputs
+from camkernels import reference
+from camkernels._op import Arguments, Launch, Op, accumulate_dtype, like, per_class
 from camkernels.ops import _checks
-from camkernels.ops._autograd import first_order
-from camkernels.reference.cam import accumulate_dtype
 
 
 def fused_cam(
@@ -55,171 +51,68 @@ def fused_cam(
     if target is not None:
         target = _checks.target(name, target, features, "[N] or [N, K], or None", (1, 2))
     bias = _checks.bias(name, bias, weight)
-    _checks.flag(name, "normalize", normalize)
+    normalize = _checks.flag(name, "normalize", normalize)
     eps = _checks.eps(name, eps)
 
-    requested = _backend.setting()
-    if _backend.resolve(name, requested, features.device.type, features.dtype) == "reference":
-        _checks.classes_in_range(name, target, weight.shape[0])
-        return reference.cam(features, weight, target, bias=bias, normalize=normalize, eps=eps)
-    if target is None or target.dim() == 2:
-        return _Cam.apply(features, weight, target, bias, normalize, eps, requested)
-    return _Cam.apply(features, weight, target[:, None], bias, normalize, eps, requested).squeeze(1)
+    one = target is not None and target.dim() == 1
+    wanted = target[:, None] if target is not None and one else target
+    cam: Tensor = CAM(name, features, weight, wanted, bias, normalize, eps)
+    return cam.squeeze(1) if one else cam
 
 
-class _Cam(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        features: Tensor,
-        weight: Tensor,
-        target: Tensor | None,  # [N, K]
-        bias: Tensor | None,
-        normalize: bool,
-        eps: float,
-        requested: str,
-    ) -> Tensor:
-        added = None if normalize else bias
-        cam, cam32, extent = torch.ops.camkernels.cam_fwd(
-            features, weight.flatten(1), target, added, normalize, eps, requested
-        )
-        ctx.set_materialize_grads(False)
-        # A raw map is linear in everything: its backward needs no map, and users may change it in place.
-        ctx.save_for_backward(features, weight, target, kept_map(cam, cam32) if normalize else extent, extent)
-        ctx.options = normalize, eps, requested
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return cam
-
-    @staticmethod
-    @first_order("fused_cam")
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        features, weight, target, cam, extent = ctx.saved_tensors
-        if grad is None:
-            return (None,) * 7
-        normalize, eps, requested = ctx.options
-        grad_features, grad_weight, grad_bias = cam_backward(
-            grad,
-            features,
-            weight,
-            target,
-            cam,
-            extent,
-            normalize,
-            eps,
-            (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]),
-            requested,
-        )
-        if grad_bias is not None:
-            grad_bias = grad_bias.to(ctx.bias_dtype)
-        return grad_features, grad_weight, None, grad_bias, None, None, None
-
-
-def kept_map(cam: Tensor, cam32: Tensor) -> Tensor:
-    """The map that backward and threshold work on: never rounded to a half type."""
-    return cam if cam.dtype == accumulate_dtype(cam.dtype) else cam32
-
-
-def cam_backward(
-    grad_cam: Tensor,
-    features: Tensor,
-    weight: Tensor,
-    target: Tensor | None,
-    cam: Tensor,
-    extent: Tensor,
-    normalize: bool,
-    eps: float,
-    needed: tuple[bool, bool, bool],
-    requested: str,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of ``features``, ``weight`` (in its own shape) and ``bias``, where needed."""
-    if not any(needed):
-        return None, None, None
-    grads = torch.ops.camkernels.cam_bwd(
-        grad_cam, features, weight.flatten(1), target, cam, extent, normalize, eps, *needed, requested
-    )
-    grad_features, grad_weight, grad_bias = (
-        g if need else None for g, need in zip(grads, needed, strict=True)
-    )
-    return grad_features, None if grad_weight is None else grad_weight.view(weight.shape), grad_bias
-
-
-def _nothing(like: Tensor) -> Tensor:
-    return like.new_empty(0)
-
-
-def allocate_maps(features: Tensor, maps: int, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
+def allocate_maps(a: Arguments, maps: int, normalize: bool = True) -> None:
     """``cam`` [N, K, H, W]; ``cam32``, the same in float32 where backward needs it and ``cam`` is of a half
     type, else empty; ``extent`` [N, K, 2], minimum and maximum of each raw map."""
+    features = a.features
     images, _, height, width = features.shape
     accumulate = accumulate_dtype(features.dtype)
-    cam = features.new_empty((images, maps, height, width))
-    if not normalize:
-        return cam, _nothing(features), _nothing(features)
-    cam32 = _nothing(features) if cam.dtype == accumulate else torch.empty_like(cam, dtype=accumulate)
-    return cam, cam32, features.new_empty((images, maps, 2), dtype=accumulate)
+    a.cam = features.new_empty(images, maps, height, width)
+    half = normalize and features.dtype != accumulate
+    a.cam32 = torch.empty_like(a.cam, dtype=accumulate) if half else features.new_empty(0)
+    a.extent = features.new_empty(images, maps, 2, dtype=accumulate) if normalize else features.new_empty(0)
 
 
-def _allocate_fwd(
-    features: Tensor,
-    weight: Tensor,
-    target: Tensor | None,
-    bias: Tensor | None,
-    normalize: bool,
-    eps: float,
-) -> tuple[Tensor, ...]:
-    return allocate_maps(features, weight.shape[0] if target is None else target.shape[1], normalize)
+def kept_map(a: Arguments) -> Tensor:
+    """The map that backward and threshold work on: never rounded to a half type."""
+    kept: Tensor = a.cam if a.cam.dtype == accumulate_dtype(a.cam.dtype) else a.cam32
+    return kept
 
 
-def _prepare_bwd(grad_cam: Tensor, features: Tensor, *rest: Any) -> tuple[Any, ...]:
-    """Kernels read maps as ``[N, K, H * W]``: a gradient that came channels_last is put in order."""
-    return (grad_cam.contiguous(), *prepare_inputs(features, *rest))
-
-
-def _allocate_bwd(
-    grad_cam: Tensor,
-    features: Tensor,
-    weight: Tensor,
-    target: Tensor | None,
-    cam: Tensor,
-    extent: Tensor,
-    normalize: bool,
-    eps: float,
-    need_features: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, ...]:
-    return (
-        torch.empty_like(features, memory_format=memory_format(features))
-        if need_features
-        else _nothing(features),
-        torch.empty_like(weight) if need_weight else _nothing(weight),
-        weight.new_empty(weight.shape[0], dtype=accumulate_dtype(features.dtype))
-        if need_bias
-        else _nothing(weight),
-    )
-
-
-def suits_cuda(features: Tensor, maps: int) -> bool:
+def suits_cuda(a: Arguments, maps: int = 1) -> bool:
     """What ``auto`` leaves to the CUDA kernels: maps that fit into shared memory on every GPU that they are
     built for, and fewer of them than Triton would make with matrix units."""
-    return features.shape[2] * features.shape[3] <= 16384 and maps < 16
+    return a.features.shape[2] * a.features.shape[3] <= 16384 and maps < 16
 
 
-define_op(
-    "cam_fwd",
+def _maps(a: Arguments) -> int:
+    count: int = a.weight.shape[0] if a.target is None else a.target.shape[1]
+    return count
+
+
+def _launch(launch: Launch, a: Arguments) -> None:
+    launch("cam_fwd", a, bias=None if a.normalize else a.bias)
+
+
+def _reference(
+    features: Tensor, weight: Tensor, target: Tensor | None, bias: Tensor | None, normalize: bool, eps: float
+) -> Tensor:
+    _checks.classes_in_range("fused_cam", target, weight.shape[0])
+    return reference.cam(features, weight, target, bias=bias, normalize=normalize, eps=eps)
+
+
+CAM = Op(
+    "cam",
     "Tensor features, Tensor weight, Tensor? target, Tensor? bias, bool normalize, float eps",
-    ("cam", "cam32", "extent"),
-    allocate=_allocate_fwd,
-    suits_cuda=lambda features, weight, target, *rest: suits_cuda(
-        features, weight.shape[0] if target is None else target.shape[1]
-    ),
-)
-define_op(
-    "cam_bwd",
-    "Tensor grad_cam, Tensor features, Tensor weight, Tensor? target, Tensor cam, Tensor extent, "
-    "bool normalize, float eps, bool need_features, bool need_weight, bool need_bias",
-    ("grad_features", "grad_weight", "grad_bias"),
-    allocate=_allocate_bwd,
-    prepare=_prepare_bwd,
-    suits_cuda=lambda grad_cam, features, *rest: suits_cuda(features, grad_cam.shape[1]),
+    function="fused_cam",
+    outputs="cam",
+    kept="cam32 extent",
+    allocate=lambda a: allocate_maps(a, _maps(a), a.normalize),
+    reference=_reference,
+    backward="Tensor? grad_cam, Tensor features, Tensor weight, Tensor? target, Tensor cam, Tensor extent, "
+    "bool normalize, float eps",
+    gradients={"features": like("features"), "weight": like("weight"), "bias": per_class},
+    # A raw map is linear in everything: its backward needs no map, and users may change it in place.
+    save={"cam": lambda a: kept_map(a) if a.normalize else a.extent},
+    launch_fwd=_launch,
+    suits_cuda=lambda a: suits_cuda(a, _maps(a)),
 )

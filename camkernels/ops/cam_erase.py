@@ -2,16 +2,15 @@
 
 from collections.abc import Sequence
 from math import inf
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from camkernels import _backend, reference
-from camkernels._library import define_op, memory_format, prepare_inputs
+from camkernels import reference
+from camkernels._op import Arguments, Launch, Op, define_kernel, empty_like, like, memory_format
 from camkernels.ops import _checks
-from camkernels.ops._autograd import first_order
-from camkernels.ops.cam import allocate_maps, cam_backward, kept_map, suits_cuda
+from camkernels.ops.cam import allocate_maps, kept_map, suits_cuda
 
 
 class CamErase(NamedTuple):
@@ -80,174 +79,96 @@ def fused_cam_erase(
     _checks.choice(name, "mode", mode, ("bilinear", "nearest"))
     eps = _checks.eps(name, eps)
 
-    requested = _backend.setting()
-    widest = torch.float64 if images.dtype == torch.float64 else features.dtype
-    if _backend.resolve(name, requested, features.device.type, widest) == "reference":
-        _checks.classes_in_range(name, target, weight.shape[0])
-        return CamErase(
-            *reference.cam_erase(
-                features,
-                weight,
-                target,
-                images,
-                threshold=threshold,
-                sharpness=sharpness,
-                fill=colour,
-                mode=mode,
-                eps=eps,
-            )
-        )
-    erased, cam = _CamErase.apply(
-        features,
-        weight,
-        target[:, None],
-        images,
-        threshold,
-        sharpness or 0.0,
-        colour,
-        mode == "nearest",
-        eps,
-        requested,
+    nearest = mode == "nearest"
+    erased, cam = CAM_ERASE(
+        name, features, weight, target[:, None], images, threshold, sharpness or 0.0, colour, nearest, eps
     )
     return CamErase(erased, cam.squeeze(1))
 
 
-class _CamErase(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        features: Tensor,
-        weight: Tensor,
-        target: Tensor,  # [N, 1]
-        images: Tensor,
-        threshold: float,
-        sharpness: float,  # 0 erases hard
-        fill: list[float],
-        nearest: bool,
-        eps: float,
-        requested: str,
-    ) -> tuple[Tensor, Tensor]:
-        erased, cam, cam32, extent = torch.ops.camkernels.cam_erase_fwd(
-            features, weight.flatten(1), target, images, threshold, sharpness, fill, nearest, eps, requested
-        )
-        ctx.set_materialize_grads(False)
-        # Hard erasing needs no pixel again, so it does not hold on to the images.
-        pixels = images if sharpness else None
-        ctx.save_for_backward(features, weight, target, pixels, kept_map(cam, cam32), extent)
-        ctx.options = threshold, sharpness, fill, nearest, eps, requested
-        ctx.layout = memory_format(images)
-        if not sharpness and not ctx.needs_input_grad[3]:
-            ctx.mark_non_differentiable(
-                erased
-            )  # else the network's first layer would compute a gradient for it
-        return erased, cam
-
-    @staticmethod
-    @first_order("fused_cam_erase")
-    def backward(ctx: Any, grad_erased: Tensor | None, grad_cam: Tensor | None) -> tuple[Tensor | None, ...]:
-        features, weight, target, images, cam, extent = ctx.saved_tensors
-        threshold, sharpness, fill, nearest, eps, requested = ctx.options
-        need_features, need_weight, _, need_images = ctx.needs_input_grad[:4]
-        grad_images = grad_features = grad_weight = None
-        need_map = bool(sharpness) and (need_features or need_weight)
-        if grad_erased is not None and (need_images or need_map):
-            grad_images, grad_map = torch.ops.camkernels.cam_erase_bwd(
-                grad_erased.contiguous(memory_format=ctx.layout),
-                grad_cam,
-                images,
-                cam,
-                threshold,
-                sharpness,
-                fill,
-                nearest,
-                need_images,
-                need_map,
-                requested,
-            )
-            grad_images = grad_images if need_images else None
-            grad_cam = grad_map if need_map else grad_cam
-        if grad_cam is not None:
-            grad_features, grad_weight, _ = cam_backward(
-                grad_cam,
-                features,
-                weight,
-                target,
-                cam,
-                extent,
-                True,
-                eps,
-                (need_features, need_weight, False),
-                requested,
-            )
-        return grad_features, grad_weight, None, grad_images, *(None,) * 6
-
-
-def _allocate_fwd(
+def _reference(
     features: Tensor,
     weight: Tensor,
-    target: Tensor,
+    target: Tensor,  # [N, 1]
     images: Tensor,
     threshold: float,
-    sharpness: float,
+    sharpness: float,  # 0 erases hard
     fill: list[float],
     nearest: bool,
     eps: float,
-) -> tuple[Tensor, ...]:
-    erased = torch.empty_like(images, memory_format=memory_format(images))
-    return erased, *allocate_maps(features, 1, True)
+) -> tuple[Tensor, Tensor]:
+    _checks.classes_in_range("fused_cam_erase", target, weight.shape[0])
+    mode = "nearest" if nearest else "bilinear"
+    options = {"threshold": threshold, "sharpness": sharpness or None, "fill": fill, "mode": mode, "eps": eps}
+    erased, cam = reference.cam_erase(features, weight, target[:, 0], images, **options)
+    return erased, cam[:, None]
 
 
-def _prepare_bwd(
-    grad_erased: Tensor, grad_cam: Tensor | None, images: Tensor | None, *rest: Any
-) -> tuple[Any, ...]:
-    """The gradient takes the layout of the images, where those are there."""
-    prepared = prepare_inputs(images, *rest)
-    layout = memory_format(grad_erased if images is None else images)
-    grad_cam = None if grad_cam is None else grad_cam.contiguous()
-    return (grad_erased.contiguous(memory_format=layout), grad_cam, *prepared)
+def _allocate(a: Arguments) -> None:
+    a.erased = empty_like(a.images)
+    allocate_maps(a, 1)
 
 
-def _allocate_bwd(
-    grad_erased: Tensor,
-    grad_cam: Tensor | None,
-    images: Tensor | None,
-    cam: Tensor,
-    threshold: float,
-    sharpness: float,
-    fill: list[float],
-    nearest: bool,
-    need_images: bool,
-    need_map: bool,
-) -> tuple[Tensor, ...]:
-    return (
-        torch.empty_like(grad_erased) if need_images else grad_erased.new_empty(0),
-        torch.empty_like(cam) if need_map else cam.new_empty(0),
-    )
+def _arrange_bwd(a: Arguments) -> None:
+    """The gradient takes the layout of the images."""
+    if a.grad_erased is not None:
+        layout = torch.channels_last if a.channels_last else torch.contiguous_format
+        a.grad_erased = a.grad_erased.contiguous(memory_format=layout)
 
 
-def _suits_cuda(maps_of: Tensor, images: Tensor, fill: list[float]) -> bool:
-    """``maps_of`` is ``[N, ..., H, W]``. The CUDA kernels take 16 fills, and 32-bit offsets in an image."""
-    return suits_cuda(maps_of, 1) and len(fill) <= 16 and images[0].numel() < 2**31
+def _launch_bwd(launch: Launch, a: Arguments) -> None:
+    need_map = bool(a.sharpness) and (a.need_features or a.need_weight) and a.grad_erased is not None
+    if a.need_images or need_map:
+        grad_map = torch.empty_like(a.cam) if need_map else a.cam.new_empty(0)
+        launch("cam_erase_bwd", a, need_map=need_map, grad_map=grad_map)
+        a.grad_cam = grad_map if need_map else a.grad_cam
+    if a.need_features or a.need_weight:
+        nothing = a.cam.new_empty(0)
+        launch("cam_bwd", a, normalize=True, need_bias=False, grad_bias=nothing)
 
 
-define_op(
-    "cam_erase_fwd",
-    "Tensor features, Tensor weight, Tensor target, Tensor images, "
-    "float threshold, float sharpness, float[] fill, bool nearest, float eps",
-    ("erased", "cam", "cam32", "extent"),
-    allocate=_allocate_fwd,
-    suits_cuda=lambda features, weight, target, images, threshold, sharpness, fill, *rest: _suits_cuda(
-        features, images, fill
-    ),
+def _suits_cuda(a: Arguments) -> bool:
+    """The CUDA kernels take 16 fills, and 32-bit offsets in an image."""
+    images = vars(a).get("grad_erased") if a.images is None else a.images
+    return suits_cuda(a) and len(a.fill) <= 16 and (images is None or images[0].numel() < 2**31)
+
+
+CAM_ERASE = Op(
+    "cam_erase",
+    "Tensor features, Tensor weight, Tensor target, Tensor images, float threshold, float sharpness, "
+    "float[] fill, bool nearest, float eps",
+    function="fused_cam_erase",
+    outputs="erased cam",
+    kept="cam32 extent",
+    allocate=_allocate,
+    reference=_reference,
+    backward="Tensor? grad_erased, Tensor? grad_cam, Tensor features, Tensor weight, Tensor target, "
+    "Tensor? images, Tensor cam, Tensor extent, float threshold, float sharpness, float[] fill, bool nearest, "
+    "float eps, bool channels_last",
+    gradients={
+        "features": like("features"),
+        "weight": like("weight"),
+        "images": lambda a: torch.empty_like(a.grad_erased),
+    },
+    flow=lambda a: {
+        "erased": "images features weight" if a.sharpness else "images",
+        "cam": "features weight",
+    },
+    save={
+        "cam": kept_map,
+        "channels_last": lambda a: memory_format(a.images) == torch.channels_last,
+        # Hard erasing needs no pixel again, so it does not hold on to the images.
+        "images": lambda a: a.images if a.sharpness else None,
+    },
+    arrange=_arrange_bwd,
+    launch_bwd=_launch_bwd,
+    channels_last="features images grad_erased",
+    decides="features images",
+    suits_cuda=_suits_cuda,
 )
-define_op(
+define_kernel(
     "cam_erase_bwd",
-    "Tensor grad_erased, Tensor? grad_cam, Tensor? images, Tensor cam, "
-    "float threshold, float sharpness, float[] fill, bool nearest, bool need_images, bool need_map",
-    ("grad_images", "grad_map"),
-    allocate=_allocate_bwd,
-    prepare=_prepare_bwd,
-    suits_cuda=lambda grad, grad_cam, images, cam, threshold, sharpness, fill, *rest: _suits_cuda(
-        cam, grad, fill
-    ),
+    "Tensor grad_erased, Tensor? grad_cam, Tensor? images, Tensor cam, float threshold, float sharpness, "
+    "float[] fill, bool nearest, bool need_images, bool need_map",
+    "grad_images grad_map",
 )

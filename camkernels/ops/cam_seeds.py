@@ -1,15 +1,15 @@
 """``fused_cam_seeds``: pixels of the peak of a class activation map, and the feature vectors there."""
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from camkernels import _backend, reference
-from camkernels._library import define_op, memory_format, prepare_inputs
+from camkernels import reference
+from camkernels._op import Arguments, Launch, Op, define_kernel, like, memory_format
 from camkernels.ops import _checks
-from camkernels.ops._autograd import first_order
-from camkernels.ops.cam import allocate_maps, cam_backward, kept_map
+from camkernels.ops.cam import allocate_maps, kept_map
 
 
 class CamSeeds(NamedTuple):
@@ -89,26 +89,8 @@ def fused_cam_seeds(
     noise = _keys(name, features, sampling, noise, generator)
     eps = _checks.eps(name, eps)
 
-    requested = _backend.setting()
-    seeds_of = features if seed_features is None else seed_features
-    widest = torch.float64 if seeds_of.dtype == torch.float64 else features.dtype
-    if _backend.resolve(name, requested, features.device.type, widest) == "reference":
-        _checks.classes_in_range(name, target, weight.shape[0])
-        return CamSeeds(
-            *reference.cam_seeds(
-                features,
-                weight,
-                target,
-                num_seeds,
-                seed_features=seed_features,
-                threshold=threshold,
-                sampling=sampling,
-                noise=noise,
-                eps=eps,
-            )
-        )
-    vectors, indices, count, cam = _CamSeeds.apply(
-        features, weight, target[:, None], seed_features, noise, num_seeds, threshold, eps, requested
+    vectors, indices, count, cam = CAM_SEEDS(
+        name, features, weight, target[:, None], seed_features, noise, num_seeds, threshold, eps
     )
     return CamSeeds(vectors, indices, count, cam.squeeze(1))
 
@@ -143,129 +125,111 @@ def _keys(
     return torch.rand(shape, generator=generator, device=features.device, dtype=torch.float32)
 
 
-class _CamSeeds(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        features: Tensor,
-        weight: Tensor,
-        target: Tensor,  # [N, 1]
-        seed_features: Tensor | None,
-        noise: Tensor | None,  # [N, H * W]; None samples in raster order
-        num_seeds: int,
-        threshold: float,
-        eps: float,
-        requested: str,
-    ) -> tuple[Tensor, ...]:
-        seeds_of = features if seed_features is None else seed_features
-        vectors, indices, count, cam, cam32, extent = torch.ops.camkernels.cam_seeds_fwd(
-            features, weight.flatten(1), target, seeds_of, noise, num_seeds, threshold, eps, requested
-        )
-        ctx.set_materialize_grads(False)
-        through_map = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        for_map = (features, weight, target, kept_map(cam, cam32), extent) if through_map else (None,) * 5
-        ctx.save_for_backward(*for_map, indices)
-        ctx.options = eps, requested
-        # Of seed_features backward needs no value.
-        ctx.own = seed_features is None
-        ctx.seeds_shape = seeds_of.shape
-        ctx.seeds_layout = memory_format(seeds_of)
-        constant = [indices, count]
-        if not ctx.needs_input_grad[0 if seed_features is None else 3]:
-            constant.append(vectors)
-        if not through_map:
-            constant.append(cam)
-        ctx.mark_non_differentiable(*constant)
-        return vectors, indices, count, cam
-
-    @staticmethod
-    @first_order("fused_cam_seeds")
-    def backward(
-        ctx: Any, grad_vectors: Tensor | None, _indices: None, _count: None, grad_cam: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        features, weight, target, cam, extent, indices = ctx.saved_tensors
-        eps, requested = ctx.options
-        need_features, need_weight, _, need_seeds = ctx.needs_input_grad[:4]
-        grad_features = grad_weight = grad_seeds = None
-        if grad_cam is not None:
-            grad_features, grad_weight, _ = cam_backward(
-                grad_cam,
-                features,
-                weight,
-                target,
-                cam,
-                extent,
-                True,
-                eps,
-                (need_features, need_weight, False),
-                requested,
-            )
-        if grad_vectors is not None and (need_features if ctx.own else need_seeds):
-            grad_seeds = grad_features if ctx.own else None
-            add = grad_seeds is not None  # to what came through the map, in place
-            if grad_seeds is None:
-                grad_seeds = torch.empty(
-                    ctx.seeds_shape,
-                    dtype=grad_vectors.dtype,
-                    device=grad_vectors.device,
-                    memory_format=ctx.seeds_layout,
-                )
-            torch.ops.camkernels.cam_seeds_bwd(grad_seeds, grad_vectors, indices, add, requested)
-            if ctx.own:
-                grad_features, grad_seeds = grad_seeds, None
-        return grad_features, grad_weight, None, grad_seeds, *(None,) * 5
-
-
-def _allocate_fwd(
+def _reference(
     features: Tensor,
     weight: Tensor,
-    target: Tensor,
-    seed_features: Tensor,
-    noise: Tensor | None,
+    target: Tensor,  # [N, 1]
+    seed_features: Tensor | None,
+    noise: Tensor | None,  # [N, H * W]; None samples in raster order
     num_seeds: int,
     threshold: float,
     eps: float,
-) -> tuple[Tensor, ...]:
-    images = features.shape[0]
-    return (
-        seed_features.new_empty((images, num_seeds, seed_features.shape[1])),
-        features.new_empty((images, num_seeds), dtype=torch.int64),
-        features.new_empty((images,), dtype=torch.int64),
-        *allocate_maps(features, 1, True),
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _checks.classes_in_range("fused_cam_seeds", target, weight.shape[0])
+    vectors, indices, count, cam = reference.cam_seeds(
+        features,
+        weight,
+        target[:, 0],
+        num_seeds,
+        seed_features=seed_features,
+        threshold=threshold,
+        sampling="first" if noise is None else "random",
+        noise=noise,
+        eps=eps,
     )
+    return vectors, indices, count, cam[:, None]
 
 
-def _prepare_bwd(grad_seed_features: Tensor, *rest: Any) -> tuple[Any, ...]:
-    """What is written in place cannot be copied first."""
-    if not grad_seed_features.is_contiguous() and memory_format(grad_seed_features) != torch.channels_last:
-        raise ValueError(
-            f"cam_seeds_bwd: grad_seed_features has strides {grad_seed_features.stride()}; it must be "
-            "contiguous or channels_last"
-        )
-    return (grad_seed_features, *prepare_inputs(*rest))
+def _seeds_of(a: Arguments) -> Tensor:
+    found: Tensor = a.features if a.seed_features is None else a.seed_features
+    return found
 
 
-def _suits_cuda(features: Tensor, num_seeds: int) -> bool:
+def _allocate(a: Arguments) -> None:
+    images, seeds_of = a.features.shape[0], _seeds_of(a)
+    a.vectors = seeds_of.new_empty(images, a.num_seeds, seeds_of.shape[1])
+    a.indices = a.features.new_empty(images, a.num_seeds, dtype=torch.int64)
+    a.count = a.features.new_empty(images, dtype=torch.int64)
+    allocate_maps(a, 1)
+
+
+def _launch_fwd(launch: Launch, a: Arguments) -> None:
+    launch("cam_seeds_fwd", a, seed_features=_seeds_of(a))
+
+
+def _of_seeds(a: Arguments) -> Tensor:
+    """The gradient of what the vectors were taken from, of which backward needs no value."""
+    like_vectors = {"dtype": a.grad_vectors.dtype, "device": a.grad_vectors.device}
+    layout = torch.channels_last if a.channels_last else torch.contiguous_format
+    return torch.empty(a.size, memory_format=layout, **like_vectors)
+
+
+def _for_map(name: str) -> Callable[[Arguments], Tensor | None]:
+    """Saved only if the map's gradient goes on to features or weight."""
+
+    def saved(a: Arguments) -> Tensor | None:
+        if a.needed.isdisjoint(("features", "weight")):
+            return None
+        return kept_map(a) if name == "cam" else getattr(a, name)
+
+    return saved
+
+
+def _launch_bwd(launch: Launch, a: Arguments) -> None:
+    through_map = a.grad_cam is not None and a.features is not None and (a.need_features or a.need_weight)
+    if through_map:
+        nothing = a.cam.new_empty(0)
+        launch("cam_bwd", a, normalize=True, need_bias=False, grad_bias=nothing)
+    if a.grad_vectors is not None and (a.need_features if a.own else a.need_seed_features):
+        into = a.grad_features if a.own else a.grad_seed_features
+        add = a.own and through_map  # to what came through the map, in place
+        launch("cam_seeds_bwd", a, grad_seed_features=into, add=add)
+
+
+def _suits_cuda(a: Arguments) -> bool:
     """Maps that one block of any GPU has room for in its 99 KB of shared memory: besides 34 KB of weights and
     sums it keeps 8 bytes for each pixel and for each place of a power of two that holds the seeds."""
-    pixels = features.shape[2] * features.shape[3]
-    return 8 * (pixels + 2 * min(num_seeds, pixels)) <= 65 << 10
+    pixels = a.size[2] * a.size[3] if "size" in vars(a) else a.features.shape[2] * a.features.shape[3]
+    return 8 * (pixels + 2 * min(a.indices.shape[1], pixels)) <= 65 << 10
 
 
-define_op(
-    "cam_seeds_fwd",
-    "Tensor features, Tensor weight, Tensor target, Tensor seed_features, Tensor? noise, "
-    "SymInt num_seeds, float threshold, float eps",
-    ("vectors", "indices", "count", "cam", "cam32", "extent"),
-    allocate=_allocate_fwd,
-    suits_cuda=lambda features, weight, target, seed_features, noise, num_seeds, *rest: _suits_cuda(
-        features, num_seeds
-    ),
+CAM_SEEDS = Op(
+    "cam_seeds",
+    "Tensor features, Tensor weight, Tensor target, Tensor? seed_features, Tensor? noise, SymInt num_seeds, "
+    "float threshold, float eps",
+    function="fused_cam_seeds",
+    outputs="vectors indices count cam",
+    kept="cam32 extent",
+    allocate=_allocate,
+    reference=_reference,
+    backward="Tensor? grad_vectors, Tensor? grad_cam, Tensor? features, Tensor? weight, Tensor? target, "
+    "Tensor? cam, Tensor? extent, Tensor indices, SymInt[] size, bool channels_last, bool own, float eps",
+    gradients={
+        "features": like("features"),
+        "weight": like("weight"),
+        "seed_features": _of_seeds,
+    },
+    flow=lambda a: {"vectors": "features" if a.seed_features is None else "seed_features", "cam": "features weight"},
+    save={
+        **{name: _for_map(name) for name in ("features", "weight", "target", "cam", "extent")},
+        "size": lambda a: _seeds_of(a).shape,
+        "channels_last": lambda a: memory_format(_seeds_of(a)) == torch.channels_last,
+        "own": lambda a: a.seed_features is None,
+    },
+    launch_fwd=_launch_fwd,
+    launch_bwd=_launch_bwd,
+    channels_last="features seed_features",
+    decides="features seed_features",
+    suits_cuda=_suits_cuda,
 )
-define_op(
-    "cam_seeds_bwd",
-    "Tensor(a!) grad_seed_features, Tensor grad_vectors, Tensor indices, bool add",
-    (),
-    allocate=lambda *args: (),
-    prepare=_prepare_bwd,
-)
+define_kernel("cam_seeds_bwd", "Tensor grad_vectors, Tensor indices, bool add", "grad_seed_features")

@@ -1,15 +1,10 @@
 """``fused_cam_transform_mse``: do heatmaps follow the transform of their image?"""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from camkernels import _backend
-from camkernels._library import define_op, memory_format
+from camkernels._op import Arguments, Op, accumulate_dtype, like
 from camkernels.ops import _checks
-from camkernels.ops._autograd import first_order
-from camkernels.reference.cam import accumulate_dtype
 from camkernels.reference.cam_transform_mse import mean_squares as reference_mean_squares
 from camkernels.reference.cam_transform_mse import reduce
 from camkernels.transforms import Affine, Scale, Transform
@@ -85,12 +80,11 @@ def mean_squares(
     _checks.flag(function, "detach_weight", detach_weight)
     _check_pair(function, features, features_t, transform)
 
-    requested = _backend.setting()
-    if _backend.resolve(function, requested, features.device.type, features.dtype) == "reference":
+    if CAM_TRANSFORM_MSE.by_reference(function, features):
         return reference_mean_squares(features, features_t, weight, transform, detach_weight)
     matrix = None
-    whole: list[int] = []
-    fractions: list[float] = []
+    # An empty list comes back as None from a package of AOTInductor, so that of a resize holds zeros.
+    whole, fractions = [0] * 9, [0.0] * 2
     comparison = ONE_GRID
     if isinstance(transform, Affine):
         matrix = transform.matrix.view(-1, 2, 3)
@@ -105,8 +99,8 @@ def mean_squares(
             )
         whole, fractions = found.flat()
     weight = weight.detach() if detach_weight else weight
-    means: Tensor = _CamTransformMse.apply(
-        features, features_t, weight, matrix, whole, fractions, comparison, requested
+    means: Tensor = CAM_TRANSFORM_MSE(
+        function, features, features_t, weight, matrix, whole, fractions, comparison
     )
     return means
 
@@ -141,131 +135,40 @@ def _check_pair(function: str, features: Tensor, features_t: Tensor, transform: 
             )
 
 
-class _CamTransformMse(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        features: Tensor,
-        features_t: Tensor,
-        weight: Tensor,
-        matrix: Tensor | None,  # [1 or N, 2, 3]
-        whole: list[int],
-        fractions: list[float],
-        comparison: int,
-        requested: str,
-    ) -> Tensor:
-        keep = any(ctx.needs_input_grad[:3])
-        means, kept = torch.ops.camkernels.cam_transform_mse_fwd(
-            features, features_t, weight.flatten(1), matrix, whole, fractions, comparison, keep, requested
-        )
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(features, features_t, weight, matrix, kept)
-        ctx.options = whole, fractions, comparison, requested
-        result: Tensor = means
-        return result
-
-    @staticmethod
-    @first_order("fused_cam_transform_mse")
-    def backward(ctx: Any, grad_means: Tensor | None) -> tuple[Tensor | None, ...]:
-        features, features_t, weight, matrix, kept = ctx.saved_tensors
-        whole, fractions, comparison, requested = ctx.options
-        needed = ctx.needs_input_grad[:3]
-        if grad_means is None or not any(needed):
-            return (None,) * 8
-        grads = torch.ops.camkernels.cam_transform_mse_bwd(
-            grad_means,
-            features,
-            features_t,
-            weight.flatten(1),
-            matrix,
-            kept,
-            whole,
-            fractions,
-            comparison,
-            *needed,
-            requested,
-        )
-        grad_features, grad_features_t, grad_weight = (
-            grad if need else None for grad, need in zip(grads, needed, strict=True)
-        )
-        if grad_weight is not None:
-            grad_weight = grad_weight.view(weight.shape)
-        return grad_features, grad_features_t, grad_weight, *(None,) * 5
-
-
-def _allocate_fwd(
-    features: Tensor,
-    features_t: Tensor,
-    weight: Tensor,
-    matrix: Tensor | None,
-    whole: list[int],
-    fractions: list[float],
-    comparison: int,
-    keep: bool,
-) -> tuple[Tensor, ...]:
+def _allocate(a: Arguments) -> None:
     """``means`` [N, L]; ``kept`` [N, L, cells]: on one grid the differences T(M) - M', 0 where a cell is not
     valid; for a common grid the larger one of the two maps (M if they are equal), raw."""
-    accumulate = accumulate_dtype(features.dtype)
-    images, classes = features.shape[0], weight.shape[0]
-    cells = features_t.shape[2] * features_t.shape[3]
-    if comparison != ONE_GRID:
-        cells = max(cells, features.shape[2] * features.shape[3])
-    kept = (images, classes, cells) if keep else (0,)
-    return (
-        features.new_empty((images, classes), dtype=accumulate),
-        features.new_empty(kept, dtype=accumulate),
-    )
+    accumulate = accumulate_dtype(a.features.dtype)
+    images, classes = a.features.shape[0], a.weight.shape[0]
+    cells = a.features_t.shape[2] * a.features_t.shape[3]
+    if a.comparison != ONE_GRID:
+        cells = torch.sym_max(cells, a.features.shape[2] * a.features.shape[3])
+    kept = (images, classes, cells) if a.keep else (0,)
+    a.means = a.features.new_empty(images, classes, dtype=accumulate)
+    a.kept = a.features.new_empty(kept, dtype=accumulate)
 
 
-def _allocate_bwd(
-    grad_means: Tensor,
-    features: Tensor,
-    features_t: Tensor,
-    weight: Tensor,
-    matrix: Tensor | None,
-    kept: Tensor,
-    whole: list[int],
-    fractions: list[float],
-    comparison: int,
-    need_features: bool,
-    need_features_t: bool,
-    need_weight: bool,
-) -> tuple[Tensor, ...]:
-    def like(tensor: Tensor, needed: bool) -> Tensor:
-        if not needed:
-            return tensor.new_empty(0)
-        return torch.empty_like(tensor, memory_format=memory_format(tensor))
-
-    return like(features, need_features), like(features_t, need_features_t), like(weight, need_weight)
-
-
-def _suits_cuda(features: Tensor, features_t: Tensor, weight: Tensor, comparison: int) -> bool:
+def _suits_cuda(a: Arguments) -> bool:
     """Maps that fit into shared memory on every GPU that the kernels are built for; and of half types no more
     classes than Triton would need matrix units for."""
-    cells = features_t.shape[2] * features_t.shape[3]
-    if comparison != ONE_GRID:
-        cells += features.shape[2] * features.shape[3]
-    return cells <= 8192 and (features.dtype == torch.float32 or weight.shape[0] < 64)
+    cells = a.features_t.shape[2] * a.features_t.shape[3]
+    if a.comparison != ONE_GRID:
+        cells += a.features.shape[2] * a.features.shape[3]
+    return cells <= 8192 and (a.features.dtype == torch.float32 or a.weight.shape[0] < 64)
 
 
-define_op(
-    "cam_transform_mse_fwd",
-    "Tensor features, Tensor features_t, Tensor weight, Tensor? matrix, int[] whole, float[] fractions, "
+CAM_TRANSFORM_MSE = Op(
+    "cam_transform_mse",
+    "Tensor features, Tensor features_t, Tensor weight, Tensor? matrix, SymInt[] whole, float[] fractions, "
     "int comparison, bool keep",
-    ("means", "kept"),
-    allocate=_allocate_fwd,
-    suits_cuda=lambda features, features_t, weight, matrix, whole, fractions, comparison, keep: _suits_cuda(
-        features, features_t, weight, comparison
-    ),
-)
-define_op(
-    "cam_transform_mse_bwd",
-    "Tensor grad_means, Tensor features, Tensor features_t, Tensor weight, Tensor? matrix, Tensor kept, "
-    "int[] whole, float[] fractions, int comparison, bool need_features, bool need_features_t, "
-    "bool need_weight",
-    ("grad_features", "grad_features_t", "grad_weight"),
-    allocate=_allocate_bwd,
-    suits_cuda=lambda grad, features, features_t, weight, matrix, kept, whole, fractions, comparison, *rest: (
-        _suits_cuda(features, features_t, weight, comparison)
-    ),
+    function="fused_cam_transform_mse",
+    outputs="means",
+    kept="kept",
+    allocate=_allocate,
+    reference=reference_mean_squares,
+    backward="Tensor grad_means, Tensor features, Tensor features_t, Tensor weight, Tensor? matrix, Tensor kept, "
+    "SymInt[] whole, float[] fractions, int comparison",
+    gradients={name: like(name) for name in ("features", "features_t", "weight")},
+    channels_last="features features_t",
+    suits_cuda=_suits_cuda,
 )

@@ -1,17 +1,13 @@
 """``crop_and_zoom``: a box of each image, resampled to one size."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from camkernels import _backend, reference
-from camkernels._library import define_op, memory_format
+from camkernels import reference
+from camkernels._op import Arguments, Op, memory_format
 from camkernels.ops import _checks
-from camkernels.ops._autograd import first_order
-
-BACKENDS = ("reference", "cpu", "triton")
 
 
 def crop_and_zoom(images: Tensor, boxes: Tensor, size: int | Sequence[int]) -> Tensor:
@@ -53,56 +49,47 @@ def crop_and_zoom(images: Tensor, boxes: Tensor, size: int | Sequence[int]) -> T
     images = _checks.pictures(name, images)
     boxes = _checks.boxes(name, boxes, images)
     height, width = _checks.size(name, size)
-    requested = _backend.setting()
-    if _backend.resolve(name, requested, images.device.type, images.dtype, BACKENDS) == "reference":
-        zoomed = reference.crop_and_zoom(images, boxes, (height, width))
-        return zoomed.contiguous(memory_format=memory_format(images))
-    zoomed = _CropAndZoom.apply(images, boxes, height, width, requested)
+    zoomed: Tensor = CROP_AND_ZOOM(name, images, boxes, height, width)
     return zoomed
 
 
-class _CropAndZoom(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, images: Tensor, boxes: Tensor, height: int, width: int, requested: str) -> Tensor:
-        zoomed: Tensor = torch.ops.camkernels.crop_and_zoom_fwd(images, boxes, height, width, requested)
-        ctx.save_for_backward(boxes)
-        ctx.size = images.shape[2:]
-        ctx.layout = memory_format(images)
-        ctx.requested = requested
-        return zoomed
-
-    @staticmethod
-    @first_order("crop_and_zoom")
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (boxes,) = ctx.saved_tensors
-        grad_images = torch.ops.camkernels.crop_and_zoom_bwd(
-            grad.contiguous(memory_format=ctx.layout), boxes, *ctx.size, ctx.requested
-        )
-        return grad_images, None, None, None, None
-
-
-def _allocate(images: Tensor, boxes: Tensor, height: int, width: int) -> tuple[Tensor, ...]:
-    return (
-        torch.empty(
-            (*images.shape[:2], height, width),
-            dtype=images.dtype,
-            device=images.device,
-            memory_format=memory_format(images),
-        ),
+def _resized(tensor: Tensor, height: int, width: int) -> Tensor:
+    return torch.empty(
+        (*tensor.shape[:2], height, width),
+        dtype=tensor.dtype,
+        device=tensor.device,
+        memory_format=memory_format(tensor),
     )
 
 
-define_op(
-    "crop_and_zoom_fwd",
+def _allocate(a: Arguments) -> None:
+    a.zoomed = _resized(a.images, a.height, a.width)
+
+
+def _reference(images: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
+    zoomed = reference.crop_and_zoom(images, boxes, (height, width))
+    return zoomed.contiguous(memory_format=memory_format(images))
+
+
+def _arrange_bwd(a: Arguments) -> None:
+    layout = torch.channels_last if a.channels_last else torch.contiguous_format
+    a.grad_zoomed = a.grad_zoomed.contiguous(memory_format=layout)
+
+
+CROP_AND_ZOOM = Op(
+    "crop_and_zoom",
     "Tensor images, Tensor boxes, SymInt height, SymInt width",
-    ("zoomed",),
+    outputs="zoomed",
     allocate=_allocate,
-    backends=BACKENDS,
-)
-define_op(
-    "crop_and_zoom_bwd",
-    "Tensor grad, Tensor boxes, SymInt height, SymInt width",
-    ("grad_images",),
-    allocate=_allocate,
-    backends=BACKENDS,
+    reference=_reference,
+    backward="Tensor grad_zoomed, Tensor boxes, SymInt height, SymInt width, bool channels_last",
+    gradients={"images": lambda a: _resized(a.grad_zoomed, a.height, a.width)},
+    save={
+        "height": lambda a: a.images.shape[2],
+        "width": lambda a: a.images.shape[3],
+        "channels_last": lambda a: memory_format(a.images) == torch.channels_last,
+    },
+    arrange=_arrange_bwd,
+    channels_last="images grad_zoomed",
+    backends=("reference", "cpu", "triton"),
 )

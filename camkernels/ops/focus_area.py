@@ -5,12 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from camkernels import _backend, reference
-from camkernels._library import define_op
+from camkernels import reference
+from camkernels._op import Arguments, Op, accumulate_dtype
 from camkernels.ops import _checks
-from camkernels.reference.cam import accumulate_dtype
-
-BACKENDS = ("reference", "cpu", "triton")
 
 
 class FocusArea(NamedTuple):
@@ -43,18 +40,20 @@ def focus_area(features: Tensor) -> FocusArea:
     """
     name = "focus_area"
     features = _checks.features(name, features).detach()
-    requested = _backend.setting()
-    if _backend.resolve(name, requested, features.device.type, features.dtype, BACKENDS) == "reference":
-        return FocusArea(*reference.focus_area(features))
-    return FocusArea(*torch.ops.camkernels.focus_area_fwd(features, requested))
+    return FocusArea(*FOCUS_AREA(name, features))
 
 
-def _allocate(features: Tensor) -> tuple[Tensor, ...]:
-    images, _, height, width = features.shape
-    return (
-        features.new_empty((images, height, width), dtype=torch.bool),
-        features.new_empty(images, dtype=accumulate_dtype(features.dtype)),
-    )
+def _allocate(a: Arguments) -> None:
+    images, _, height, width = a.features.shape
+    a.mask = a.features.new_empty(images, height, width, dtype=torch.bool)
+    a.coverage = a.features.new_empty(images, dtype=accumulate_dtype(a.features.dtype))
 
 
-define_op("focus_area_fwd", "Tensor features", ("mask", "coverage"), allocate=_allocate, backends=BACKENDS)
+FOCUS_AREA = Op(
+    "focus_area",
+    "Tensor features",
+    outputs="mask coverage",
+    allocate=_allocate,
+    reference=reference.focus_area,
+    backends=("reference", "cpu", "triton"),
+)

@@ -1,18 +1,10 @@
 """``local_level_loss``: the class of the image inside a mask, background outside."""
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from camkernels import _backend
-from camkernels._library import define_op
+from camkernels._op import Arguments, Op, accumulate_dtype, like
 from camkernels.ops import _checks
-from camkernels.ops._autograd import first_order
-from camkernels.reference.cam import accumulate_dtype
-from camkernels.reference.local_level_loss import image_losses as reference_image_losses
-
-BACKENDS = ("reference", "cpu", "triton")
+from camkernels.reference.local_level_loss import image_losses
 TILE = 64  # pixels whose losses are added up in one number
 
 
@@ -63,59 +55,35 @@ def loss_of(function: str, activations: Tensor, mask: Tensor, target: Tensor) ->
         classes,
         f"activations has {{}} classes beside the background, being {list(activations.shape)}",
     )
-    requested = _backend.setting()
-    backend = _backend.resolve(function, requested, activations.device.type, activations.dtype, BACKENDS)
-    if backend == "reference":
-        return reference_image_losses(activations, mask, target).sum() / max(activations.shape[0], 1)
-    loss: Tensor = _LocalLevelLoss.apply(activations, mask, target, requested)
+    loss: Tensor = LOCAL_LEVEL_LOSS(function, activations, mask, target)
     return loss
 
 
-class _LocalLevelLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, activations: Tensor, mask: Tensor, target: Tensor, requested: str) -> Tensor:
-        losses = torch.ops.camkernels.local_level_loss_fwd(activations, mask, target, requested)
-        ctx.save_for_backward(activations, mask, target)
-        ctx.requested = requested
-        return losses.sum()
-
-    @staticmethod
-    @first_order("local_level_loss")
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        activations, mask, target = ctx.saved_tensors
-        grad_activations = torch.ops.camkernels.local_level_loss_bwd(
-            activations, mask, target, grad, ctx.requested
-        )
-        return grad_activations, None, None, None
-
-
-def _prepare(*args: Any) -> tuple[Any, ...]:
-    return tuple(arg.contiguous() for arg in args)
-
-
-def _allocate_fwd(activations: Tensor, mask: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+def _allocate(a: Arguments) -> None:
     """``losses`` [N, ceil(H * W / TILE)], what each run of TILE pixels adds to the loss."""
-    tiles = (mask.shape[1] * mask.shape[2] + TILE - 1) // TILE
-    return (activations.new_empty((activations.shape[0], tiles), dtype=accumulate_dtype(activations.dtype)),)
+    tiles = (a.mask.shape[1] * a.mask.shape[2] + TILE - 1) // TILE
+    accumulate = accumulate_dtype(a.activations.dtype)
+    a.losses = a.activations.new_empty(a.activations.shape[0], tiles, dtype=accumulate)
 
 
-def _allocate_bwd(activations: Tensor, mask: Tensor, target: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-    return (torch.empty_like(activations),)
+def _finish(a: Arguments) -> None:
+    a.loss = a.losses.sum()
 
 
-define_op(
-    "local_level_loss_fwd",
+def _reference(activations: Tensor, mask: Tensor, target: Tensor) -> Tensor:
+    return image_losses(activations, mask, target).sum() / max(activations.shape[0], 1)
+
+
+LOCAL_LEVEL_LOSS = Op(
+    "local_level_loss",
     "Tensor activations, Tensor mask, Tensor target",
-    ("losses",),
-    allocate=_allocate_fwd,
-    prepare=_prepare,
-    backends=BACKENDS,
-)
-define_op(
-    "local_level_loss_bwd",
-    "Tensor activations, Tensor mask, Tensor target, Tensor grad",
-    ("grad_activations",),
-    allocate=_allocate_bwd,
-    prepare=_prepare,
-    backends=BACKENDS,
+    outputs="loss",
+    scratch="losses",
+    allocate=_allocate,
+    finish=_finish,
+    reference=_reference,
+    backward="Tensor activations, Tensor mask, Tensor target, Tensor grad_loss",
+    gradients={"activations": like("activations")},
+    channels_last="",
+    backends=("reference", "cpu", "triton"),
 )

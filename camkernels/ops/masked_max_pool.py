@@ -1,14 +1,11 @@
 """``masked_max_pool``: the strongest response of each channel inside a mask."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from camkernels import _backend, reference
-from camkernels._library import define_op, memory_format
+from camkernels import reference
+from camkernels._op import Arguments, Op, memory_format
 from camkernels.ops import _checks
-from camkernels.ops._autograd import first_order
 
 
 def masked_max_pool(features: Tensor, mask: Tensor) -> Tensor:
@@ -42,50 +39,34 @@ def masked_max_pool(features: Tensor, mask: Tensor) -> Tensor:
     name = "masked_max_pool"
     features = _checks.features(name, features)
     mask = _checks.mask(name, mask, features)
-    requested = _backend.setting()
-    if _backend.resolve(name, requested, features.device.type, features.dtype) == "reference":
-        return reference.masked_max_pool(features, mask)
-    pooled: Tensor = _MaskedMaxPool.apply(features, mask, requested)
+    pooled: Tensor = MASKED_MAX_POOL(name, features, mask)
     return pooled
 
 
-class _MaskedMaxPool(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, mask: Tensor, requested: str) -> Tensor:
-        pooled, index = torch.ops.camkernels.masked_max_pool_fwd(features, mask, requested)
-        ctx.save_for_backward(mask, index)
-        ctx.options = memory_format(features) == torch.channels_last, requested
-        return pooled
-
-    @staticmethod
-    @first_order("masked_max_pool")
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        mask, index = ctx.saved_tensors
-        grad_features = torch.ops.camkernels.masked_max_pool_bwd(grad, mask, index, *ctx.options)
-        return grad_features, None, None
-
-
-def _allocate_fwd(features: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+def _allocate(a: Arguments) -> None:
     """``index`` [N, C] is the pixel of the maximum."""
-    images, channels, *_ = features.shape
-    return features.new_empty((images, channels)), features.new_empty((images, channels), dtype=torch.int32)
+    images, channels, *_ = a.features.shape
+    a.pooled = a.features.new_empty(images, channels)
+    a.index = a.features.new_empty(images, channels, dtype=torch.int32)
 
 
-def _allocate_bwd(grad: Tensor, mask: Tensor, index: Tensor, channels_last: bool) -> tuple[Tensor, ...]:
-    return (
-        torch.empty(
-            (*grad.shape, *mask.shape[1:]),
-            dtype=grad.dtype,
-            device=grad.device,
-            memory_format=torch.channels_last if channels_last else torch.contiguous_format,
-        ),
-    )
+def _grad_features(a: Arguments) -> Tensor:
+    """Of ``features`` backward needs no value, only how they lay."""
+    grad = a.grad_pooled
+    layout = torch.channels_last if a.channels_last else torch.contiguous_format
+    shape = (*grad.shape, *a.mask.shape[1:])
+    return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
 
 
-define_op("masked_max_pool_fwd", "Tensor features, Tensor mask", ("pooled", "index"), allocate=_allocate_fwd)
-define_op(
-    "masked_max_pool_bwd",
-    "Tensor grad, Tensor mask, Tensor index, bool channels_last",
-    ("grad_features",),
-    allocate=_allocate_bwd,
+MASKED_MAX_POOL = Op(
+    "masked_max_pool",
+    "Tensor features, Tensor mask",
+    outputs="pooled",
+    kept="index",
+    allocate=_allocate,
+    reference=reference.masked_max_pool,
+    backward="Tensor grad_pooled, Tensor mask, Tensor index, bool channels_last",
+    gradients={"features": _grad_features},
+    save={"channels_last": lambda a: memory_format(a.features) == torch.channels_last},
+    backends=("reference", "cpu", "triton"),
 )

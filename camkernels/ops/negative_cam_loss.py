@@ -1,19 +1,13 @@
 """``fused_negative_cam_loss``: heatmaps of classes that an image does not show should be flat."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from camkernels import _backend
-from camkernels._library import define_op, memory_format
+from camkernels._op import Arguments, Launch, Op, accumulate_dtype, define_kernel, like, per_class
 from camkernels.ops import _checks
-from camkernels.ops._autograd import first_order
-from camkernels.reference.cam import accumulate_dtype
-from camkernels.reference.negative_cam_loss import image_losses as reference_image_losses
+from camkernels.reference.negative_cam_loss import image_losses
 
 KINDS = ("mse", "uniform")
-BACKENDS = ("reference", "cpu", "triton")
 
 
 def fused_negative_cam_loss(
@@ -115,36 +109,14 @@ def loss_and_counts(
         function, "temperature", temperature, 0, torch.inf, "above 0 and finite"
     )
 
-    images, classes = features.shape[0], weight.shape[0]
-    num_negatives = min(num_negatives, classes)
-    accumulate = accumulate_dtype(features.dtype)
+    # Not min(): of sizes that torch.compile keeps open it makes a question.
     if logits is not None:
         logits = logits.detach()
         if logits.dtype == torch.float64:  # as the kernels compare them
-            logits = logits.to(accumulate)
-    requested = _backend.setting()
-    if _backend.resolve(function, requested, features.device.type, features.dtype, BACKENDS) == "reference":
-        if target.dim() == 1:
-            _checks.classes_in_range(function, target, classes)
-        losses, positive, counts = reference_image_losses(
-            features, weight, target, bias, logits, num_negatives, kind, level, temperature
-        )
-        return losses.sum() / max(images, 1), positive, counts
-    if target.dim() == 2 and target.dtype != torch.bool:
-        target = target != 0
+            logits = logits.to(accumulate_dtype(features.dtype))
     uniform = kind == "uniform"
-    found: tuple[Tensor, Tensor, Tensor] = _NegativeCamLoss.apply(
-        features,
-        weight,
-        target,
-        bias,
-        logits,
-        num_negatives,
-        uniform,
-        level,
-        temperature,
-        torch.is_grad_enabled(),
-        requested,
+    found: tuple[Tensor, Tensor, Tensor] = NEGATIVE_CAM_LOSS(
+        function, features, weight, target, bias, logits, num_negatives, uniform, level, temperature
     )
     return found
 
@@ -155,80 +127,7 @@ def positive_share(features: Tensor, positive: Tensor, counts: Tensor) -> Tensor
     return positive.sum() / pixels.clamp_min(1).to(accumulate_dtype(features.dtype))
 
 
-class _NegativeCamLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        features: Tensor,
-        weight: Tensor,
-        target: Tensor,  # [N], or [N, L] bool
-        bias: Tensor | None,
-        logits: Tensor | None,
-        num_negatives: int,
-        uniform: bool,
-        level: float,
-        temperature: float,
-        grad_enabled: bool,
-        requested: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        need_features, need_weight, _, need_bias, *_ = ctx.needs_input_grad
-        losses, chosen, counts, kept, positive = torch.ops.camkernels.negative_cam_loss_fwd(
-            features,
-            weight.flatten(1),
-            target,
-            bias,
-            logits,
-            num_negatives,
-            uniform,
-            level,
-            temperature,
-            grad_enabled and (need_features or need_weight or (need_bias and not uniform)),
-            requested,
-        )
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(positive, counts)
-        ctx.save_for_backward(features, weight, chosen, counts, kept)
-        ctx.options = uniform, temperature, requested
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return losses.sum(), positive, counts
-
-    @staticmethod
-    @first_order("fused_negative_cam_loss")
-    def backward(ctx: Any, grad: Tensor | None, *rest: None) -> tuple[Tensor | None, ...]:
-        features, weight, chosen, counts, kept = ctx.saved_tensors
-        uniform, temperature, requested = ctx.options
-        need_features, need_weight, _, need_bias, *_ = ctx.needs_input_grad
-        if grad is None or not (need_features or need_weight or need_bias):
-            return (None,) * 11
-        grad_features = grad_weight = grad_bias = None
-        summed = need_bias and not uniform
-        if need_features or need_weight or summed:
-            grad_features, grad_weight, grad_bias = torch.ops.camkernels.negative_cam_loss_bwd(
-                features,
-                weight.flatten(1),
-                grad,
-                chosen,
-                counts,
-                kept,
-                uniform,
-                temperature,
-                need_features,
-                need_weight,
-                summed,
-                requested,
-            )
-        if need_bias and uniform:  # a constant cancels in the softmax
-            grad_bias = weight.new_zeros(weight.shape[0])
-        return (
-            grad_features if need_features else None,
-            grad_weight.view(weight.shape) if grad_weight is not None and need_weight else None,
-            None,
-            grad_bias.to(ctx.bias_dtype) if grad_bias is not None and need_bias else None,
-            *(None,) * 7,
-        )
-
-
-def _allocate_fwd(
+def _reference(
     features: Tensor,
     weight: Tensor,
     target: Tensor,
@@ -238,60 +137,75 @@ def _allocate_fwd(
     uniform: bool,
     level: float,
     temperature: float,
-    keep: bool,
-) -> tuple[Tensor, ...]:
-    """``losses`` [N, K], what each chosen map adds to the loss; ``chosen`` [N, K], the classes in order, then
-    -1; ``counts`` [N] of them; ``kept`` [N, K, H * W], the maps' gradient but for a factor per image;
-    ``positive`` [N, K], pixels above 0 of each map."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    if target.dim() == 1:
+        _checks.classes_in_range("fused_negative_cam_loss", target, weight.shape[0])
+    kind = "uniform" if uniform else "mse"
+    losses, positive, counts = image_losses(
+        features, weight, target, bias, logits, num_negatives, kind, level, temperature
+    )
+    return losses.sum() / max(features.shape[0], 1), positive, counts
+
+
+def _allocate(a: Arguments) -> None:
+    """``losses`` [N, K], what each chosen map adds to the loss; ``positive`` [N, K], pixels above 0 of each
+    map; ``counts`` [N] of the chosen maps; ``chosen`` [N, K], the classes in order, then -1; ``kept``
+    [N, K, H * W], the maps' gradient but for a factor per image."""
+    features = a.features
     images, _, height, width = features.shape
     accumulate = accumulate_dtype(features.dtype)
-    most = weight.shape[0] if target.dim() == 2 else max(weight.shape[0] - 1, 1)
-    slots = (images, min(num_negatives, most))
-    return (
-        features.new_empty(slots, dtype=accumulate),
-        features.new_empty(slots, dtype=torch.int32),
-        features.new_empty(images, dtype=torch.int32),
-        features.new_empty((*slots, height * width) if keep else (0,), dtype=accumulate),
-        features.new_empty(slots, dtype=torch.int32),
-    )
+    most = a.weight.shape[0] if a.target.dim() == 2 else max(a.weight.shape[0] - 1, 1)
+    slots = torch.sym_min(a.num_negatives, most)
+    a.losses = features.new_empty(images, slots, dtype=accumulate)
+    a.positive = features.new_empty(images, slots, dtype=torch.int32)
+    a.counts = features.new_empty(images, dtype=torch.int32)
+    a.chosen = features.new_empty(images, slots, dtype=torch.int32)
+    kept = (images, slots, height * width) if a.keep else (0,)
+    a.kept = features.new_empty(kept, dtype=accumulate)
 
 
-def _allocate_bwd(
-    features: Tensor,
-    weight: Tensor,
-    grad: Tensor,
-    chosen: Tensor,
-    counts: Tensor,
-    kept: Tensor,
-    uniform: bool,
-    temperature: float,
-    need_features: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, ...]:
-    nothing = (0,)
-    return (
-        torch.empty_like(features, memory_format=memory_format(features))
-        if need_features
-        else features.new_empty(nothing),
-        torch.empty_like(weight) if need_weight else weight.new_empty(nothing),
-        weight.new_empty(weight.shape[0] if need_bias else nothing, dtype=accumulate_dtype(features.dtype)),
-    )
+def _finish(a: Arguments) -> None:
+    a.loss = a.losses.sum()
 
 
-define_op(
-    "negative_cam_loss_fwd",
-    "Tensor features, Tensor weight, Tensor target, Tensor? bias, Tensor? logits, int num_negatives, "
-    "bool uniform, float level, float temperature, bool keep",
-    ("losses", "chosen", "counts", "kept", "positive"),
-    allocate=_allocate_fwd,
-    backends=BACKENDS,
+def _launch_fwd(launch: Launch, a: Arguments) -> None:
+    present = a.target.dim() == 2 and a.target.dtype != torch.bool
+    launch("negative_cam_loss_fwd", a, target=a.target != 0 if present else a.target)
+
+
+def _launch_bwd(launch: Launch, a: Arguments) -> None:
+    need_bias = a.need_bias
+    if need_bias and a.uniform:  # a constant cancels in the softmax
+        a.grad_bias.zero_()
+        need_bias = False
+    if a.need_features or a.need_weight or need_bias:
+        launch("negative_cam_loss_bwd", a, need_bias=need_bias)
+
+
+_BACKWARD = (
+    "Tensor features, Tensor weight, Tensor grad_loss, Tensor chosen, Tensor counts, Tensor kept, bool uniform, "
+    "float temperature"
 )
-define_op(
+NEGATIVE_CAM_LOSS = Op(
+    "negative_cam_loss",
+    "Tensor features, Tensor weight, Tensor target, Tensor? bias, Tensor? logits, SymInt num_negatives, "
+    "bool uniform, float level, float temperature, bool keep",
+    function="fused_negative_cam_loss",
+    outputs="loss positive counts",
+    kept="chosen kept",
+    scratch="losses positive counts",
+    allocate=_allocate,
+    finish=_finish,
+    reference=_reference,
+    backward=_BACKWARD,
+    gradients={"features": like("features"), "weight": like("weight"), "bias": per_class},
+    flow=lambda a: {"loss": "features weight bias"},
+    launch_fwd=_launch_fwd,
+    launch_bwd=_launch_bwd,
+    backends=("reference", "cpu", "triton"),
+)
+define_kernel(
     "negative_cam_loss_bwd",
-    "Tensor features, Tensor weight, Tensor grad, Tensor chosen, Tensor counts, Tensor kept, bool uniform, "
-    "float temperature, bool need_features, bool need_weight, bool need_bias",
-    ("grad_features", "grad_weight", "grad_bias"),
-    allocate=_allocate_bwd,
-    backends=BACKENDS,
+    f"{_BACKWARD}, bool need_features, bool need_weight, bool need_bias",
+    "grad_features grad_weight grad_bias",
 )

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from camkernels import _backend, reference
-from camkernels._library import define_op
+from camkernels import reference
+from camkernels._op import Arguments, Op
 from camkernels.ops import _checks
 
 
@@ -48,16 +48,26 @@ def otsu_mask(maps: Tensor, *, bins: int = 256) -> OtsuMask:
     name = "otsu_mask"
     maps = _checks.maps(name, maps).detach()
     bins = _checks.bins(name, bins)
-    requested = _backend.setting()
-    if _backend.resolve(name, requested, maps.device.type, maps.dtype) == "reference":
-        return OtsuMask(*reference.otsu_mask(maps, bins=bins))
-    height, width = maps.shape[-2:]
-    mask, threshold = torch.ops.camkernels.otsu_mask_fwd(maps.reshape(-1, height * width), bins, requested)
+    mask, threshold = OTSU_MASK(name, maps.reshape(-1, maps.shape[-2] * maps.shape[-1]), bins)
     return OtsuMask(mask.view(maps.shape), threshold.view(maps.shape[:-2]))
 
 
-def _allocate(maps: Tensor, bins: int) -> tuple[Tensor, ...]:
-    return torch.empty_like(maps, dtype=torch.bool), maps.new_empty(maps.shape[0])
+def _reference(maps: Tensor, bins: int) -> tuple[Tensor, Tensor]:
+    mask, threshold = reference.otsu_mask(maps[:, None], bins=bins)
+    return mask[:, 0], threshold
 
 
-define_op("otsu_mask_fwd", "Tensor maps, int bins", ("mask", "threshold"), allocate=_allocate)
+def _allocate(a: Arguments) -> None:
+    """For ``maps`` [M, P]."""
+    a.mask = torch.empty_like(a.maps, dtype=torch.bool)
+    a.threshold = a.maps.new_empty(a.maps.shape[0])
+
+
+OTSU_MASK = Op(
+    "otsu_mask",
+    "Tensor maps, int bins",
+    outputs="mask threshold",
+    allocate=_allocate,
+    reference=_reference,
+    backends=("reference", "cpu", "triton"),
+)

@@ -1,16 +1,11 @@
 """``stochastic_consistency``: do the objects of one class look alike from image to image?"""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from camkernels import _backend
-from camkernels._library import define_op
+from camkernels import reference
+from camkernels._op import Arguments, Op, accumulate_dtype
 from camkernels.ops import _checks
-from camkernels.ops._autograd import first_order
-from camkernels.reference.cam import accumulate_dtype
-from camkernels.reference.stochastic_consistency import mean_distance as reference_mean_distance
 
 PAIRS = ("all", "adjacent")
 
@@ -59,75 +54,31 @@ def mean_distance(function: str, vectors: Tensor, target: Tensor, pairs: str, sq
     target = _checks.target(function, target, vectors, "[N]", (1,), "vectors")
     _checks.choice(function, "pairs", pairs, PAIRS)
     _checks.flag(function, "squared", squared)
-    requested = _backend.setting()
-    if _backend.resolve(function, requested, vectors.device.type, vectors.dtype) == "reference":
-        return reference_mean_distance(vectors, target, pairs, squared)
-    loss: Tensor = _StochasticConsistency.apply(vectors, *_groups(target, pairs), squared, requested)
+    loss: Tensor = STOCHASTIC_CONSISTENCY(function, vectors, target, pairs == "adjacent", squared)
     return loss
 
 
-def _groups(target: Tensor, pairs: str) -> tuple[Tensor, Tensor, Tensor]:
+def _reference(vectors: Tensor, target: Tensor, adjacent: bool, squared: bool) -> Tensor:
+    return reference.mean_distance(vectors, target, "adjacent" if adjacent else "all", squared)
+
+
+def _allocate(a: Arguments) -> None:
     """``order`` [N], the images with those of one group together, and for each place in it where its group
-    ``begin`` s and ``end`` s. All pairs of one group count."""
-    key = target.long()
-    if pairs == "adjacent":
-        place = torch.arange(key.shape[0], device=key.device)
-        # An image joins the one before it, if that has the same class; else each is by itself.
-        joins = (place % 2 == 1) & (key == key.roll(1))
-        key = place - joins.long()
-    ordered, order = key.sort(stable=True)
-    return order, torch.searchsorted(ordered, ordered), torch.searchsorted(ordered, ordered, right=True)
+    ``begin`` s and ``end`` s: all pairs of one group count. ``divisor`` [], how many distances that are."""
+    accumulate, images = accumulate_dtype(a.vectors.dtype), a.vectors.shape[0]
+    a.loss, a.divisor = (a.vectors.new_empty((), dtype=accumulate) for _ in range(2))
+    a.order, a.begin, a.end = (a.vectors.new_empty(images, dtype=torch.int64) for _ in range(3))
 
 
-class _StochasticConsistency(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        vectors: Tensor,
-        order: Tensor,
-        begin: Tensor,
-        end: Tensor,
-        squared: bool,
-        requested: str,
-    ) -> Tensor:
-        sums = torch.ops.camkernels.stochastic_consistency_fwd(vectors, order, begin, end, squared, requested)
-        # Every image counts half of each of its pairs.
-        distances = vectors.shape[1] * ((end - begin - 1).sum() // 2)
-        divisor = distances.to(sums.dtype).clamp_min(1)  # []
-        ctx.save_for_backward(vectors, order, begin, end, divisor)
-        ctx.options = squared, requested
-        return sums.sum() / divisor
-
-    @staticmethod
-    @first_order("stochastic_consistency")
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        vectors, order, begin, end, divisor = ctx.saved_tensors
-        squared, requested = ctx.options
-        grad_vectors = torch.ops.camkernels.stochastic_consistency_bwd(
-            vectors, grad / divisor, order, begin, end, squared, requested
-        )
-        return grad_vectors, *(None,) * 5
-
-
-def _allocate_fwd(
-    vectors: Tensor, order: Tensor, begin: Tensor, end: Tensor, squared: bool
-) -> tuple[Tensor, ...]:
-    return (vectors.new_empty(vectors.shape[:2], dtype=accumulate_dtype(vectors.dtype)),)
-
-
-def _allocate_bwd(vectors: Tensor, scale: Tensor, *groups: Any) -> tuple[Tensor, ...]:
-    return (torch.empty_like(vectors, memory_format=torch.contiguous_format),)
-
-
-define_op(
-    "stochastic_consistency_fwd",
-    "Tensor vectors, Tensor order, Tensor begin, Tensor end, bool squared",
-    ("sums",),
-    allocate=_allocate_fwd,
-)
-define_op(
-    "stochastic_consistency_bwd",
-    "Tensor vectors, Tensor scale, Tensor order, Tensor begin, Tensor end, bool squared",
-    ("grad_vectors",),
-    allocate=_allocate_bwd,
+STOCHASTIC_CONSISTENCY = Op(
+    "stochastic_consistency",
+    "Tensor vectors, Tensor target, bool adjacent, bool squared",
+    outputs="loss",
+    kept="order begin end divisor",
+    allocate=_allocate,
+    reference=_reference,
+    backward="Tensor vectors, Tensor grad_loss, Tensor order, Tensor begin, Tensor end, Tensor divisor, "
+    "bool squared",
+    gradients={"vectors": lambda a: torch.empty_like(a.vectors, memory_format=torch.contiguous_format)},
+    backends=("reference", "cpu", "triton"),
 )

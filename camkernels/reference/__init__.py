@@ -12,7 +12,7 @@ from camkernels.reference.local_level_loss import local_level_loss
 from camkernels.reference.masked_max_pool import masked_max_pool
 from camkernels.reference.negative_cam_loss import negative_cam_loss
 from camkernels.reference.otsu_mask import otsu_mask
-from camkernels.reference.stochastic_consistency import stochastic_consistency
+from camkernels.reference.stochastic_consistency import mean_distance, stochastic_consistency
 
 __all__ = [
     "attention_boxes",
@@ -25,6 +25,7 @@ __all__ = [
     "local_activations",
     "local_level_loss",
     "masked_max_pool",
+    "mean_distance",
     "negative_cam_loss",
     "otsu_mask",
     "stochastic_consistency",

@@ -202,10 +202,10 @@ def crop_and_zoom_fwd(
 
 
 def crop_and_zoom_bwd(
-    grad: Tensor,  # [N, D, h, w]
+    grad_zoomed: Tensor,  # [N, D, h, w]
     boxes: Tensor,  # [N, 4]
     height: int,
     width: int,
     grad_images: Tensor,  # [N, D, H0, W0]
 ) -> None:
-    launch(crop_and_zoom_bwd_kernel, grad, boxes, grad_images, grad_images, grad, 512, 8, BLOCK_K=8)
+    launch(crop_and_zoom_bwd_kernel, grad_zoomed, boxes, grad_images, grad_images, grad_zoomed, 512, 8, BLOCK_K=8)

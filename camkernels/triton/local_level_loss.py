@@ -187,7 +187,7 @@ def local_level_loss_bwd(
     activations: Tensor,  # [N, L + 1, H, W]
     mask: Tensor,  # [N, H, W] bool
     target: Tensor,  # [N]
-    grad: Tensor,  # []
+    grad_loss: Tensor,  # []
     grad_activations: Tensor,  # [N, L + 1, H, W]
 ) -> None:
     images, classes, height, width = activations.shape
@@ -201,7 +201,7 @@ def local_level_loss_bwd(
             activations,
             mask.view(int8),
             target,
-            grad,
+            grad_loss,
             grad_activations,
             images,
             classes,

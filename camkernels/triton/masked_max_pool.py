@@ -135,7 +135,7 @@ def masked_max_pool_fwd(
 
 
 def masked_max_pool_bwd(
-    grad: Tensor,  # [N, C]
+    grad_pooled: Tensor,  # [N, C]
     mask: Tensor,  # [N, H, W] bool
     index: Tensor,  # [N, C]
     channels_last: bool,
@@ -145,9 +145,9 @@ def masked_max_pool_bwd(
     pixels, tile = height * width, tile_of(grad_features)
     align = alignment(pixels)
     tiles = triton.cdiv(channels, tile["BLOCK_C"]) * triton.cdiv(pixels, tile["BLOCK_P"])
-    with on_device_of(grad):
+    with on_device_of(grad_pooled):
         masked_max_pool_bwd_kernel[(images * tiles,)](
-            grad,
+            grad_pooled,
             mask.view(int8),
             index,
             grad_features,

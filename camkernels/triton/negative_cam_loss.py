@@ -643,7 +643,7 @@ def weight_plan(features: Tensor, classes: int) -> tuple[int, int, int]:
 def negative_cam_loss_bwd(
     features: Tensor,  # [N, C, H, W]
     weight: Tensor,  # [L, C]
-    grad: Tensor,  # []
+    grad_loss: Tensor,  # []
     chosen: Tensor,  # [N, K]
     counts: Tensor,  # [N]
     kept: Tensor,  # [N, K, H * W]
@@ -664,7 +664,7 @@ def negative_cam_loss_bwd(
         factor = kept.new_empty(images)
         begin = chosen.new_empty((images, owners + 1)) if need_weight or need_bias else None
         owners_kernel[(images,)](
-            grad,
+            grad_loss,
             chosen,
             counts,
             factor,

@@ -5,6 +5,7 @@ end[s] - 1. Squared distances are deviations from the group's mean, which the gr
 for all; plain distances are made pair by pair.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -179,16 +180,34 @@ def distances_bwd_kernel(
     tl.store(grad_vectors_ptr + row * channels + channel, grad, mask=channel < channels)
 
 
+def group(target: Tensor, adjacent: bool, order: Tensor, begin: Tensor, end: Tensor) -> None:
+    """Images of one class follow one another in ``order``; with ``adjacent``, only the images 2i and 2i + 1."""
+    key = target.long()
+    if adjacent:
+        place = torch.arange(key.shape[0], device=key.device)
+        # An image joins the one before it, if that has the same class; else each is by itself.
+        key = place - ((place % 2 == 1) & (key == key.roll(1))).long()
+    ordered = torch.empty_like(key)
+    torch.sort(key, stable=True, out=(ordered, order))
+    torch.searchsorted(ordered, ordered, out=begin)
+    torch.searchsorted(ordered, ordered, right=True, out=end)
+
+
 def stochastic_consistency_fwd(
     vectors: Tensor,  # [N, K, D]
+    target: Tensor,  # [N]
+    adjacent: bool,
+    squared: bool,
+    loss: Tensor,  # []
     order: Tensor,  # [N]
     begin: Tensor,  # [N]
     end: Tensor,  # [N]
-    squared: bool,
-    sums: Tensor,  # [N, K]
+    divisor: Tensor,  # []
 ) -> None:
     images, seeds, channels = vectors.shape
+    sums = loss.new_empty(images, seeds)
     with on_device_of(vectors):
+        group(target, adjacent, order, begin, end)
         if squared:
             block_d = power_of_two(channels, 1, 512)
             squared_distances_kernel[(images * seeds,)](
@@ -216,18 +235,23 @@ def stochastic_consistency_fwd(
                 num_warps=4,
                 **registers(128),
             )
+        # Every image counts half of each of its pairs.
+        divisor.copy_(((end - begin - 1).sum() // 2 * seeds).clamp_min(1))
+        torch.div(sums.sum(), divisor, out=loss)
 
 
 def stochastic_consistency_bwd(
     vectors: Tensor,  # [N, K, D]
-    scale: Tensor,  # []
+    grad_loss: Tensor,  # []
     order: Tensor,  # [N]
     begin: Tensor,  # [N]
     end: Tensor,  # [N]
+    divisor: Tensor,  # []
     squared: bool,
     grad_vectors: Tensor,  # [N, K, D]
 ) -> None:
     images, seeds, channels = vectors.shape
+    scale = grad_loss / divisor
     with on_device_of(vectors):
         if squared:
             block_d = power_of_two(channels, 1, 256)

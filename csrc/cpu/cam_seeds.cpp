@@ -124,8 +124,8 @@ void cam_seeds_fwd_cpu(const Tensor& features, const Tensor& weight, const Tenso
   }
 }
 
-void cam_seeds_bwd_cpu(const Tensor& grad_seed_features, const Tensor& grad_vectors, const Tensor& indices,
-                       bool add) {
+void cam_seeds_bwd_cpu(const Tensor& grad_vectors, const Tensor& indices, bool add,
+                       const Tensor& grad_seed_features) {
   const CamSeedsBwd p{grad_seed_features.mutable_data_ptr(),
                       any_array(grad_vectors),
                       static_cast<const int64_t*>(indices.const_data_ptr()),

@@ -43,7 +43,7 @@ void crop_and_zoom_fwd_cpu(const Tensor& images, const Tensor& boxes, int64_t, i
   run_rows(images, zoomed, images, zoomed, boxes, kernels().crop_and_zoom_fwd);
 }
 
-void crop_and_zoom_bwd_cpu(const Tensor& grad, const Tensor& boxes, int64_t, int64_t,
+void crop_and_zoom_bwd_cpu(const Tensor& grad, const Tensor& boxes, int64_t, int64_t, bool,
                            const Tensor& grad_images) {
   run_rows(grad, grad_images, grad_images, grad, boxes, kernels().crop_and_zoom_bwd);
 }

@@ -29,8 +29,8 @@ void cam_seeds_fwd_cuda(const Tensor& features, const Tensor& weight, const Tens
   launch_cam_seeds_fwd(launcher, call);
 }
 
-void cam_seeds_bwd_cuda(const Tensor& grad_seed_features, const Tensor& grad_vectors, const Tensor& indices,
-                        bool add) {
+void cam_seeds_bwd_cuda(const Tensor& grad_vectors, const Tensor& indices, bool add,
+                        const Tensor& grad_seed_features) {
   CamSeedsBwd call{};
   call.grad_vectors = grad_vectors.const_data_ptr();
   call.indices = static_cast<const int64_t*>(indices.const_data_ptr());
