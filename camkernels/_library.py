@@ -9,7 +9,6 @@ Every op is defined by a signature and a function that allocates its outputs. Th
 
 import importlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,42 +90,3 @@ def define_op(
 
     _LIB.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"camkernels::{name}", fake, lib=_LIB)
-
-
-def _built_for() -> str:
-    from camkernels import _C
-
-    return _C.build_info()["cuda_architectures"]
-
-
-def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
-    """Whether code built for ``TORCH_CUDA_ARCH_LIST=architectures`` runs on a device: machine code within the
-    major version, from its minor one on; PTX on everything newer."""
-    for entry in architectures.replace(" ", ";").split(";"):
-        major, minor = (int(digits) for digits in entry.removesuffix("+PTX").rstrip("a").split("."))
-        if (major == capability[0] and minor <= capability[1]) or (
-            entry.endswith("+PTX") and (major, minor) <= capability
-        ):
-            return True
-    return False
-
-
-def load_cuda_kernels() -> str | None:
-    """Load the CUDA kernels' own library; the reason if that cannot be, None if it is loaded."""
-    if not torch.version.cuda:
-        return "this torch is built without CUDA"
-    library = next(Path(__file__).parent.glob("_cuda*.so"), None)
-    if library is None:
-        return "not built (nvcc was not found, or CAMKERNELS_CUDA=0, when camkernels was installed)"
-    if not torch.cuda.is_available():
-        return "no GPU is visible"
-    built_for = _built_for()
-    for index in range(torch.cuda.device_count()):
-        capability = torch.cuda.get_device_capability(index)
-        if not runs_on(built_for, capability):
-            return f"built for {built_for}, which device {index} ({capability[0]}.{capability[1]}) cannot run"
-    try:
-        torch.ops.load_library(str(library))
-    except OSError as error:
-        return f"its library does not load: {error}"
-    return None
