@@ -80,9 +80,9 @@ def define_op(
             for output in filled:
                 output.zero_()
             return returned(filled)
-        backend = _backend.resolve(name, requested, first.device.type, first.dtype, backends)
+        backend = _backend.resolve(name, requested, first.device, first.dtype, backends)
         if backend == "cuda" and requested == "auto" and not suits_cuda(*prepared):
-            reason = _backend.why_not("triton", first.device.type, first.dtype)
+            reason = _backend.why_not("triton", first.device, first.dtype)
             backend = "triton" if reason is None else backend
         launcher = getattr(importlib.import_module("camkernels.triton"), name) if backend == "triton" else cpp
         launcher(*prepared, *filled)

@@ -37,7 +37,7 @@ def attention_boxes(mask: Tensor) -> Tensor:
     name = "attention_boxes"
     mask = _checks.mask(name, mask)
     requested = _backend.setting()
-    if _backend.resolve(name, requested, mask.device.type, mask.dtype, BACKENDS) == "reference":
+    if _backend.resolve(name, requested, mask.device, mask.dtype, BACKENDS) == "reference":
         return reference.attention_boxes(mask)
     boxes: Tensor = torch.ops.camkernels.attention_boxes_fwd(mask, requested)
     return boxes

@@ -59,7 +59,7 @@ def fused_cam(
     eps = _checks.eps(name, eps)
 
     requested = _backend.setting()
-    if _backend.resolve(name, requested, features.device.type, features.dtype) == "reference":
+    if _backend.resolve(name, requested, features.device, features.dtype) == "reference":
         _checks.classes_in_range(name, target, weight.shape[0])
         return reference.cam(features, weight, target, bias=bias, normalize=normalize, eps=eps)
     if target is None or target.dim() == 2:

@@ -82,7 +82,7 @@ def fused_cam_erase(
 
     requested = _backend.setting()
     widest = torch.float64 if images.dtype == torch.float64 else features.dtype
-    if _backend.resolve(name, requested, features.device.type, widest) == "reference":
+    if _backend.resolve(name, requested, features.device, widest) == "reference":
         _checks.classes_in_range(name, target, weight.shape[0])
         return CamErase(
             *reference.cam_erase(

@@ -92,7 +92,7 @@ def fused_cam_seeds(
     requested = _backend.setting()
     seeds_of = features if seed_features is None else seed_features
     widest = torch.float64 if seeds_of.dtype == torch.float64 else features.dtype
-    if _backend.resolve(name, requested, features.device.type, widest) == "reference":
+    if _backend.resolve(name, requested, features.device, widest) == "reference":
         _checks.classes_in_range(name, target, weight.shape[0])
         return CamSeeds(
             *reference.cam_seeds(

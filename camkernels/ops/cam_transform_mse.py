@@ -86,7 +86,7 @@ def mean_squares(
     _check_pair(function, features, features_t, transform)
 
     requested = _backend.setting()
-    if _backend.resolve(function, requested, features.device.type, features.dtype) == "reference":
+    if _backend.resolve(function, requested, features.device, features.dtype) == "reference":
         return reference_mean_squares(features, features_t, weight, transform, detach_weight)
     matrix = None
     whole: list[int] = []

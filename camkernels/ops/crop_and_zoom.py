@@ -54,7 +54,7 @@ def crop_and_zoom(images: Tensor, boxes: Tensor, size: int | Sequence[int]) -> T
     boxes = _checks.boxes(name, boxes, images)
     height, width = _checks.size(name, size)
     requested = _backend.setting()
-    if _backend.resolve(name, requested, images.device.type, images.dtype, BACKENDS) == "reference":
+    if _backend.resolve(name, requested, images.device, images.dtype, BACKENDS) == "reference":
         zoomed = reference.crop_and_zoom(images, boxes, (height, width))
         return zoomed.contiguous(memory_format=memory_format(images))
     zoomed = _CropAndZoom.apply(images, boxes, height, width, requested)

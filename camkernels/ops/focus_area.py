@@ -44,7 +44,7 @@ def focus_area(features: Tensor) -> FocusArea:
     name = "focus_area"
     features = _checks.features(name, features).detach()
     requested = _backend.setting()
-    if _backend.resolve(name, requested, features.device.type, features.dtype, BACKENDS) == "reference":
+    if _backend.resolve(name, requested, features.device, features.dtype, BACKENDS) == "reference":
         return FocusArea(*reference.focus_area(features))
     return FocusArea(*torch.ops.camkernels.focus_area_fwd(features, requested))
 

@@ -59,7 +59,7 @@ def fused_local_activations(features: Tensor, weight: Tensor, bias: Tensor | Non
     weight = _checks.local_weight(name, weight, features)
     bias = _checks.local_bias(name, bias, weight)
     requested = _backend.setting()
-    if _backend.resolve(name, requested, features.device.type, features.dtype, BACKENDS) == "reference":
+    if _backend.resolve(name, requested, features.device, features.dtype, BACKENDS) == "reference":
         return LocalActivations(*reference.local_activations(features, weight, bias))
     return LocalActivations(
         *_LocalActivations.apply(features, weight, bias, torch.is_grad_enabled(), requested)

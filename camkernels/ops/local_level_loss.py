@@ -64,7 +64,7 @@ def loss_of(function: str, activations: Tensor, mask: Tensor, target: Tensor) ->
         f"activations has {{}} classes beside the background, being {list(activations.shape)}",
     )
     requested = _backend.setting()
-    backend = _backend.resolve(function, requested, activations.device.type, activations.dtype, BACKENDS)
+    backend = _backend.resolve(function, requested, activations.device, activations.dtype, BACKENDS)
     if backend == "reference":
         return reference_image_losses(activations, mask, target).sum() / max(activations.shape[0], 1)
     loss: Tensor = _LocalLevelLoss.apply(activations, mask, target, requested)

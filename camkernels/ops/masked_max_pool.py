@@ -43,7 +43,7 @@ def masked_max_pool(features: Tensor, mask: Tensor) -> Tensor:
     features = _checks.features(name, features)
     mask = _checks.mask(name, mask, features)
     requested = _backend.setting()
-    if _backend.resolve(name, requested, features.device.type, features.dtype) == "reference":
+    if _backend.resolve(name, requested, features.device, features.dtype) == "reference":
         return reference.masked_max_pool(features, mask)
     pooled: Tensor = _MaskedMaxPool.apply(features, mask, requested)
     return pooled

@@ -123,7 +123,7 @@ def loss_and_counts(
         if logits.dtype == torch.float64:  # as the kernels compare them
             logits = logits.to(accumulate)
     requested = _backend.setting()
-    if _backend.resolve(function, requested, features.device.type, features.dtype, BACKENDS) == "reference":
+    if _backend.resolve(function, requested, features.device, features.dtype, BACKENDS) == "reference":
         if target.dim() == 1:
             _checks.classes_in_range(function, target, classes)
         losses, positive, counts = reference_image_losses(

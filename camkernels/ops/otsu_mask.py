@@ -49,7 +49,7 @@ def otsu_mask(maps: Tensor, *, bins: int = 256) -> OtsuMask:
     maps = _checks.maps(name, maps).detach()
     bins = _checks.bins(name, bins)
     requested = _backend.setting()
-    if _backend.resolve(name, requested, maps.device.type, maps.dtype) == "reference":
+    if _backend.resolve(name, requested, maps.device, maps.dtype) == "reference":
         return OtsuMask(*reference.otsu_mask(maps, bins=bins))
     height, width = maps.shape[-2:]
     mask, threshold = torch.ops.camkernels.otsu_mask_fwd(maps.reshape(-1, height * width), bins, requested)

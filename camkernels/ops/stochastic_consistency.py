@@ -60,7 +60,7 @@ def mean_distance(function: str, vectors: Tensor, target: Tensor, pairs: str, sq
     _checks.choice(function, "pairs", pairs, PAIRS)
     _checks.flag(function, "squared", squared)
     requested = _backend.setting()
-    if _backend.resolve(function, requested, vectors.device.type, vectors.dtype) == "reference":
+    if _backend.resolve(function, requested, vectors.device, vectors.dtype) == "reference":
         return reference_mean_distance(vectors, target, pairs, squared)
     loss: Tensor = _StochasticConsistency.apply(vectors, *_groups(target, pairs), squared, requested)
     return loss
