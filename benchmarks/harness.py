@@ -212,7 +212,7 @@ class Case:
         if provider.name != "camkernels":
             return "torch"
         device, dtype = self.session.device, self.session.dtype
-        return _backend.resolve(self.op.name, _backend.setting(), device.type, dtype, self.op.backends)
+        return _backend.resolve(self.op.name, _backend.setting(), device, dtype, self.op.backends)
 
 
 def run_case(benchmark: BenchmarkFixture, case: Case, direction: str) -> list[Row]:

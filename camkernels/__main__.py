@@ -1,8 +1,12 @@
 """``python -m camkernels doctor``: versions, devices, and which backends work here or why they do not."""
 
 import argparse
+import json
 import platform
+import subprocess
+import sys
 from importlib import metadata
+from typing import Any
 
 import torch
 
@@ -17,15 +21,43 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _devices() -> list[tuple[str, str]]:
-    """Device type and name of everything that torch sees."""
-    found = [("cpu", f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")]
+def _report(device: str, name: str) -> dict[str, Any]:
+    """What the doctor says of a device: its name, why each backend does not work there, what auto takes."""
+    return {
+        "device": device,
+        "name": name,
+        "reasons": {backend: _backend.why_not(backend, device) for backend in _backend.BACKENDS},
+        "auto": _backend.resolve("doctor", "auto", torch.device(device), torch.float32),
+    }
+
+
+def report_gpus() -> None:
+    """Print the reports of all GPUs as JSON. This initialises CUDA."""
+    reports = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        found.append(("cuda", f"{properties.name}, sm_{properties.major}{properties.minor}"))
-    if hasattr(torch, "xpu") and torch.xpu.is_available():
-        found += [("xpu", torch.xpu.get_device_name(i)) for i in range(torch.xpu.device_count())]
-    return found
+        name = f"{properties.name}, sm_{properties.major}{properties.minor}"
+        reports.append(_report(f"cuda:{index}", name))
+    for index in range(torch.xpu.device_count()):
+        reports.append(_report(f"xpu:{index}", torch.xpu.get_device_name(index)))
+    print(json.dumps(reports))
+
+
+def _gpus() -> list[dict[str, Any]]:
+    """The reports of all GPUs, made in a process of its own: a process in which CUDA is initialised cannot be
+    forked, and a GPU that does not answer must not take the other reports with it."""
+    if not torch.cuda.device_count() and not torch.xpu.device_count():
+        return []
+    code = "import json, sys; sys.path[:] = json.loads(sys.argv[1])\n"
+    code += "from camkernels.__main__ import report_gpus; report_gpus()"
+    command = [sys.executable, "-c", code, json.dumps(sys.path)]
+    answer = subprocess.run(command, capture_output=True, text=True)
+    if answer.returncode:
+        error = answer.stderr.strip().splitlines() or [f"exit status {answer.returncode}"]
+        print(f"{'GPUs':<18} cannot be asked: {error[-1]}")
+        return []
+    reports: list[dict[str, Any]] = json.loads(answer.stdout.splitlines()[-1])
+    return reports
 
 
 def doctor() -> None:
@@ -46,8 +78,9 @@ def doctor() -> None:
             ("built for CUDA", f"{info['cuda']} ({info['cuda_architectures']})" if info["cuda"] else "no")
         )
         rows.append(("CPU kernels", f"{_C.cpu_capability()}, of {', '.join(_C.cpu_capabilities())}"))
-    for kind, name in _devices():
-        rows.append((f"device {kind}", name))
+    processor = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    reports = [_report("cpu", processor), *_gpus()]
+    rows += [(f"device {report['device']}", report["name"]) for report in reports]
     rows.append(
         ("backend asked for", f"{_backend.setting()} ({_backend.ENVIRONMENT_VARIABLE} or use_backend)")
     )
@@ -56,14 +89,14 @@ def doctor() -> None:
         print(f"{label:<18} {value}")
 
     print()
-    kinds = list(dict.fromkeys(kind for kind, _ in _devices()))
     for backend in _backend.BACKENDS:
-        for kind in kinds:
-            reason = _backend.why_not(backend, kind)
-            print(f"{backend:<10} on {kind:<5} {'works' if reason is None else f'no: {reason}'}")
+        for report in reports:
+            reason = report["reasons"][backend]
+            works = "works" if reason is None else f"no: {reason}"
+            print(f"{backend:<10} on {report['device']:<6} {works}")
     print()
-    for kind in kinds:
-        print(f"auto on {kind}: {_backend.resolve('doctor', 'auto', kind, torch.float32)}")
+    for report in reports:
+        print(f"auto on {report['device']}: {report['auto']}")
     asked = _backend.setting()
     reason = _backend.works_nowhere(asked) if _backend.check(asked) != "auto" else None
     if reason is not None:

@@ -1,6 +1,5 @@
 """Device functions that the kernels share, and the guard under which launchers start them."""
 
-import os
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 HALF_TYPES = (torch.float16, torch.bfloat16)
 NVIDIA = torch.version.hip is None and getattr(torch.version, "xpu", None) is None
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # Below the sortable key of every number.
 NONE = tl.constexpr(-(2**31))
 
