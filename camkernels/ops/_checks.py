@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from math import inf
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -217,7 +218,7 @@ def classes_or_multi_hot(function: str, value: object, features: Tensor, weight:
         raise TypeError(
             f"{function}: target has dtype {dtype_name(value.dtype)}; [N, L] may be bool, integer or float"
         )
-    return per_class(function, "target", value, features, weight, f"[{features.shape[0]}] or ")
+    return per_class(function, "target", value, features, weight)
 
 
 def class_scores(
@@ -235,10 +236,11 @@ def class_scores(
 
 
 def per_class(
-    function: str, argument: str, value: Tensor, features: Tensor, weight: Tensor, otherwise: str = ""
+    function: str, argument: str, value: Tensor, features: Tensor, weight: Tensor
 ) -> Tensor:
     images, classes = features.shape[0], weight.shape[0]
     if value.shape != (images, classes):
+        otherwise = f"[{images}] or " if argument == "target" else ""
         raise ValueError(
             f"{function}: {argument} has shape {list(value.shape)}; with features {list(features.shape)} and "
             f"weight {list(weight.shape)} it must be {otherwise}[{images}, {classes}]"
@@ -313,13 +315,15 @@ def seed_features(function: str, value: object, features: Tensor) -> Tensor:
 
 def noise(function: str, value: object, features: Tensor) -> Tensor:
     images, _, height, width = features.shape
-    allowed = f"[N, H * W], here [{images}, {height * width}]"
     if not isinstance(value, Tensor):
-        raise TypeError(f"{function}: noise is a {type(value).__name__}; it must be a tensor {allowed}")
+        raise TypeError(f"{function}: noise is a {type(value).__name__}; it must be a tensor [N, H * W]")
     if value.dtype != torch.float32:
         raise TypeError(f"{function}: noise has dtype {dtype_name(value.dtype)}; it must be float32")
     if value.shape != (images, height * width):
-        raise ValueError(f"{function}: noise has shape {list(value.shape)}; it must be {allowed}")
+        raise ValueError(
+            f"{function}: noise has shape {list(value.shape)}; it must be [N, H * W], here "
+            f"[{images}, {height * width}]"
+        )
     return same_device(function, "noise", value, features)
 
 
@@ -354,10 +358,19 @@ def same_device(
     return value
 
 
+def is_number(value: object) -> bool:
+    return isinstance(value, (Real, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
+
+
+def as_float(value: Any) -> float:
+    """A symbolic number stays one: torch.compile does not fix it."""
+    return value if isinstance(value, torch.SymFloat) else float(value)  # type: ignore[return-value]
+
+
 def number(function: str, argument: str, value: object, allowed: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if not is_number(value):
         raise TypeError(f"{function}: {argument} is a {type(value).__name__}; it must be a number {allowed}")
-    return float(value)
+    return as_float(value)
 
 
 def positive_int(function: str, argument: str, value: object) -> int:
@@ -402,17 +415,22 @@ def eps(function: str, value: object) -> float:
 
 def fill(function: str, value: object, channels: int) -> list[float]:
     """One number for every channel, or one for each."""
-    allowed = f"a number or {channels} numbers, one for each channel of images"
-    if not isinstance(value, bool) and isinstance(value, Real):
-        return [float(value)]
+    if is_number(value):
+        return [as_float(value)]
+    # A message that names sizes is made only where it is raised: torch.compile would fix the sizes.
+    wrong = None
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise TypeError(f"{function}: fill is a {type(value).__name__}; it must be {allowed}")
-    if len(value) != channels:
-        raise ValueError(f"{function}: fill has {len(value)} numbers; it must be {allowed}")
-    for item in value:
-        if isinstance(item, bool) or not isinstance(item, Real):
-            raise TypeError(f"{function}: fill holds a {type(item).__name__}; it must be {allowed}")
-    return [float(item) for item in value]
+        wrong = f"is a {type(value).__name__}"
+    elif not all(is_number(item) for item in value):
+        other = next(item for item in value if not is_number(item))
+        wrong = f"holds a {type(other).__name__}"
+    elif len(value) == channels:
+        return [as_float(item) for item in value]
+    error = ValueError if wrong is None else TypeError
+    raise error(
+        f"{function}: fill {wrong or f'has {len(value)} numbers'}; it must be a number or {channels} numbers, "
+        "one for each channel of images"
+    )
 
 
 def choice(function: str, argument: str, value: object, allowed: Sequence[str]) -> str:
