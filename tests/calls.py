@@ -98,7 +98,7 @@ class Call:
         return {name: x.requires_grad_(name in self.leaves) for name, x in made.items()}
 
     def bound(self, case: Case) -> Callable[..., Any]:
-        """The function of its tensors alone, by name."""
+        """The function, of tensors by name alone."""
         options = {**self.options, **SIZED.get(self.name, lambda _: {})(case)}
         if self.variant == "affine":
             options["transform"] = Affine(options["transform"].matrix.to(case.device))
@@ -180,15 +180,19 @@ def placed(calls: Sequence[Call], backends: Sequence[tuple[str, str]] = KERNEL_B
     return [pytest.param(*one, id=f"{one[0]}-{one[1]}") for one in found]
 
 
+def named(op: _op._Pass, found: Any) -> SimpleNamespace:
+    return SimpleNamespace(**dict(zip(op.results, as_tuple(found), strict=True)))
+
+
 @contextmanager
 def passes() -> Iterator[list[SimpleNamespace]]:
     """What runs meanwhile: each pass as ``op``, its ``args``, and its ``results`` by name."""
     seen: list[SimpleNamespace] = []
     run = _op._Pass.run
 
-    def noted(self: _op._Pass, *args: Any) -> Any:
-        found = run(self, *args)
-        seen.append(SimpleNamespace(op=self, args=args, results=dict(zip(self.results, as_tuple(found), strict=False))))
+    def noted(op: _op._Pass, *args: Any) -> Any:
+        found = run(op, *args)
+        seen.append(SimpleNamespace(op=op, args=args, results=named(op, found)))
         return found
 
     with mock.patch.object(_op._Pass, "run", noted):
@@ -198,5 +202,4 @@ def passes() -> Iterator[list[SimpleNamespace]]:
 def run_pass(op: _op._Pass, **arguments: Any) -> SimpleNamespace:
     """The results of a pass by name, for arguments by name."""
     assert set(arguments) == set(op.names), sorted(set(arguments) ^ set(op.names))
-    found = as_tuple(op.dispatched(*[arguments[name] for name in op.names]))
-    return SimpleNamespace(**dict(zip(op.results, found, strict=True)))
+    return named(op, op.dispatched(*[arguments[name] for name in op.names]))
