@@ -139,8 +139,8 @@ def test_opcheck_of_otsu_mask(backend, device, dtype):
 def test_opcheck_of_local_level_loss(backend, device, dtype):
     case = small(device, images=2, shape=(3, 4), dtype=dtype)
     inputs = activations_of(case), mask_of(case), labels_of(case)
-    opcheck(OPS.local_level_loss_fwd.default, (*inputs, backend))
-    opcheck(OPS.local_level_loss_bwd.default, (*inputs, torch.tensor(0.7, device=device), backend))
+    opcheck(OPS.local_level_loss_fwd.default, (*inputs, -100, backend))
+    opcheck(OPS.local_level_loss_bwd.default, (*inputs, torch.tensor(0.7, device=device), -100, backend))
 
 
 @pytest.mark.parametrize("backend, device", KERNEL_BACKENDS)
@@ -354,8 +354,8 @@ def outputs_of(backend, device, case):
         *results,
         *forward,
         *OPS.local_activations_bwd(features, weight, *given, *kept),
-        OPS.local_level_loss_fwd(*losses, backend),
-        OPS.local_level_loss_bwd(*losses, torch.tensor(0.7, device=device), backend),
+        OPS.local_level_loss_fwd(*losses, -100, backend),
+        OPS.local_level_loss_bwd(*losses, torch.tensor(0.7, device=device), -100, backend),
         OPS.attention_boxes_fwd(mask, backend),
         zoomed,
         OPS.crop_and_zoom_bwd(like(zoomed), boxes, *images.shape[2:], backend),
@@ -554,7 +554,7 @@ class TestAttentionOnAGpu:
         # The tiles of the loss, and their sum.
         assert launches(lambda: local_level_loss(activations, mask, target)) == 2
         grad = torch.ones((), device="cuda")
-        losses = activations, mask, target, grad, "triton"
+        losses = activations, mask, target, grad, -100, "triton"
         assert launches(lambda: OPS.local_level_loss_bwd(*losses)) == 1
 
     @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
