@@ -13,6 +13,8 @@ from torch import Tensor
 
 from camkernels import fused_cam_erase
 from camkernels.reference import cam_erase
+from camkernels.reference.cam import min_max, raw_maps
+from camkernels.reference.cam_erase import erase
 
 TINY = {"id": "tiny", "N": 2, "C": 8, "HW": [2, 2], "L": 4, "image": [8, 8], "threshold": 0.7}
 SHARPNESS = 20.0  # of the soft gate
@@ -96,12 +98,26 @@ def _assert_masked(name: str, ours: Tensor, source: Tensor, distance: Tensor) ->
     assert (kept | erased).all(), f"{name}: a pixel near the threshold is neither kept nor erased"
 
 
+def eager(
+    features: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    images: Tensor,
+    *,
+    threshold: float,
+    sharpness: float | None,
+) -> tuple[Tensor, Tensor]:
+    """As a user would write it: the reference without its care for channels that are equal at all pixels."""
+    cam = min_max(raw_maps(features, weight, target, None), eps=1e-8)
+    return erase(cam, images, threshold=threshold, sharpness=sharpness), cam.to(features.dtype)
+
+
 OP = harness.Op(
     name="fused_cam_erase",
     variants=lambda row: ("hard", "soft"),
     tiny=lambda variant: TINY,
     reference=cam_erase,
-    eager=cam_erase,
+    eager=eager,
     fused=fused_cam_erase,
     make=make,
     cost=cost,

@@ -24,6 +24,7 @@ tensor subclasses, dispatch modes.
 
 import importlib
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from functools import cache
 from operator import itemgetter
@@ -132,8 +133,40 @@ class Launch:
         launch(*found)
 
 
+def _is_open(number: float) -> bool:
+    """Whether torch.compile, which is tracing, keeps the number open: the graph is for other values, too.
+
+    Dynamo shows such a number as a plain float. But of a constant it knows whether it equals another one. The
+    sine hides what is known of the number's range.
+    """
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    hidden, other = math.sin(math.atan(number)), 0.1234567
+    return not (statically_known_true(hidden == other) or statically_known_true(hidden != other))
+
+
+def _settled(number: float) -> float:
+    """A number of no meaning in place of one that is open, 0 only for 0."""
+    return 1.0 if number else 0.0
+
+
+def _open_numbers(floats: list[float]) -> Tensor | None:
+    """All of them in a tensor, if torch.compile keeps one of them open.
+
+    An op's argument of type float would be fixed to its first value: some versions then compile anew for
+    each other value, and some go on with the first one. Only a sum with a tensor stays open.
+    """
+    if not any([_is_open(number) for number in floats]):
+        return None
+    zero = torch.zeros((), dtype=torch.float64)
+    return torch.stack([zero + number for number in floats])
+
+
 class _Pass:
-    """One op of ``torch.library`` that allocates tensors and has a backend fill them."""
+    """One op of ``torch.library`` that allocates tensors and has a backend fill them.
+
+    Beside its arguments it takes ``numbers``: None, or the values of all its options of type float.
+    """
 
     def __init__(
         self,
@@ -152,7 +185,8 @@ class _Pass:
     ) -> None:
         self.name, self.backends = name, backends
         types = _parse(arguments)
-        self.names = (*types, "backend")
+        self.floats = [n for n, kind in types.items() if kind in ("float", "float[]")]
+        self.names = (*types, "numbers", "backend")
         self.results = results.split()
         self._fills = fills.split()
         self._tensors = [(n, n in channels_last) for n, kind in types.items() if kind.startswith("Tensor")]
@@ -161,7 +195,7 @@ class _Pass:
         self._launch = launch or (lambda launch, a: launch(name, a))
         returned = ", ".join("Tensor" for _ in self.results)
         tags = (torch.Tag.pt2_compliant_tag,)
-        _LIB.define(f"{name}({arguments}, str backend) -> ({returned})", tags=tags)
+        _LIB.define(f"{name}({arguments}, Tensor? numbers, str backend) -> ({returned})", tags=tags)
         _LIB.impl(name, self.run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"camkernels::{name}", self._fake, lib=_LIB)
         self.dispatched = getattr(torch.ops.camkernels, name).default
@@ -190,8 +224,17 @@ class _Pass:
     def _fake(self, *args: Any) -> Any:
         return self._returned(self._prepared(args))
 
+    def _read_numbers(self, a: Arguments) -> None:
+        values = iter(a.numbers.tolist())
+        found = vars(a)
+        for name in self.floats:
+            many = isinstance(found[name], list)
+            found[name] = [next(values) for _ in found[name]] if many else next(values)
+
     def run(self, *args: Any) -> Any:
         a = self._prepared(args)
+        if a.numbers is not None:
+            self._read_numbers(a)
         first = next(x for x in args if x is not None)
         if first.shape[0] == 0:  # no image: nothing to launch, gradients of parameters are zero
             for name in self._fills:
@@ -312,6 +355,7 @@ class Op:
         )
         define_kernel(f"{name}_fwd", inputs, fills)
         self._decides = [names.index(n) for n in (decides or names[0]).split()]
+        self._floats_at = [names.index(n) for n in self.forward.floats]
         self._gradients_at = {n: names.index(n) for n in gradients or {}}
         if gradients:
             self._make_backward(backward, gradients, flow, save or {}, arrange, launch_bwd, shared)
@@ -402,12 +446,27 @@ class Op:
             [args[i] is not None and args[i].requires_grad for i in self._gradients_at.values()]
         )
         requested = _backend.setting()
-        args = (*args, needed, requested) if self._keeps else (*args, requested)
+        if self._keeps:
+            args = (*args, needed)
+        numbers = None
+        if torch.compiler.is_compiling():
+            args, numbers = self._with_open_numbers(args)
+        args = (*args, numbers, requested)
         if not is_plain(*args) or first.device.type == "meta":
             return self._public(self.forward.dispatched(*args))
         if needed or torch.autograd.forward_ad._current_level >= 0:
             return self._function.apply(*args)
         return self._public(self.forward.run(*args))
+
+    def _with_open_numbers(self, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], Tensor | None]:
+        places = [(i, isinstance(args[i], list)) for i in self._floats_at]
+        numbers = _open_numbers([x for i, many in places for x in (args[i] if many else [args[i]])])
+        if numbers is None:
+            return args, None
+        settled = list(args)
+        for i, many in places:
+            settled[i] = [_settled(x) for x in args[i]] if many else _settled(args[i])
+        return tuple(settled), numbers
 
     def _public(self, results: Any) -> Any:
         """The outputs among the results of the forward pass."""
@@ -431,7 +490,7 @@ class Op:
         ctx.options = {name: found[name] for name in self._options}
         ctx.backend = a.backend
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*[found[name] for name in self._saved])
+        ctx.save_for_backward(*[found[name] for name in self._saved], a.numbers)
 
     def _backward(self, ctx: Any, *grads: Tensor | None) -> Gradients:
         """Gradients of all arguments of the forward pass.
@@ -444,7 +503,7 @@ class Op:
             return self._first_order(ctx, grads)
         with torch.no_grad():
             found = self._first_order(ctx, grads)
-        anchors = (*ctx.saved_tensors, *grads)
+        anchors = (*ctx.saved_tensors, *grads)  # whatever a second derivative could be asked for
         return tuple(g if g is None else _NoSecondOrder.apply(self.function, g, *anchors) for g in found)
 
     def _first_order(self, ctx: Any, grads: Gradients) -> Gradients:
@@ -456,7 +515,7 @@ class Op:
             return tuple(found)
         known = {
             **{f"grad_{output}": grad for output, grad in given.items()},
-            **dict(zip(self._saved, ctx.saved_tensors, strict=True)),
+            **dict(zip((*self._saved, "numbers"), ctx.saved_tensors, strict=True)),
             **ctx.options,
             **{f"need_{n}": need for n, need in needs.items()},
             "backend": ctx.backend,

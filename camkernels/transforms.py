@@ -66,9 +66,7 @@ def _mirrored(size: int) -> Axis:
 
 def _shifted(size: int, share: float) -> Axis:
     """Moved by ``share`` of the size towards the end; valid is what is read from inside the input."""
-    distance = share * size
-    if abs(distance - round(distance)) < 1e-6:  # whole cells stay whole: 0.29 * 100 is not 29
-        distance = float(round(distance))
+    distance = round(share * size * 2**32) / 2**32  # whole cells stay whole: 0.29 * 100 is not 29
     offset = floor(-distance)
     begin = min(max(ceil(distance - 0.5), 0), size)
     end = min(max(floor(distance - 0.5) + size + 1, 0), size)

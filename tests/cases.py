@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import closeness
 import pytest
 import torch
 from torch import Tensor
@@ -132,6 +133,9 @@ class Outcome:
     values: list[Tensor]
     grads: list[Tensor | None]
 
+    def results(self) -> list[Tensor | None]:
+        return [*self.values, *self.grads]
+
 
 def run(
     backend: str,
@@ -144,19 +148,26 @@ def run(
     """Values, and gradients of ``inputs`` for the same random output gradients on every backend and dtype."""
     needed = needed or [True] * len(inputs)
     leaves = [x.detach().requires_grad_(need) for x, need in zip(inputs, needed, strict=True)]
-    with camkernels.use_backend(backend):
-        result = function(*leaves, *args, **options)
-        values = list(result) if isinstance(result, tuple) else [result]
-        draw = torch.Generator().manual_seed(1)
-        grads = [torch.randn(v.shape, generator=draw).to(v.device, v.dtype) for v in values]
-        wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
-        kept = [(v, g) for v, g in zip(values, grads, strict=True) if v.requires_grad]
-        found = iter(
-            torch.autograd.grad([v for v, _ in kept], wanted, [g for _, g in kept], allow_unused=True)
-            if kept
-            else [None] * len(wanted)
-        )
-    return Outcome([v.detach() for v in values], [next(found) if need else None for need in needed])
+    wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
+
+    def compute() -> Outcome:
+        with camkernels.use_backend(backend):
+            result = function(*leaves, *args, **options)
+            values = list(result) if isinstance(result, tuple) else [result]
+            draw = torch.Generator().manual_seed(1)
+            grads = [torch.randn(v.shape, generator=draw).to(v.device, v.dtype) for v in values]
+            kept = [(v, g) for v, g in zip(values, grads, strict=True) if v.requires_grad]
+            found = iter(
+                torch.autograd.grad([v for v, _ in kept], wanted, [g for _, g in kept], allow_unused=True)
+                if kept
+                else [None] * len(wanted)
+            )
+        return Outcome([v.detach() for v in values], [next(found) if need else None for need in needed])
+
+    outcome = compute()
+    if backend == "reference" and all(leaf.dtype == torch.float64 for leaf in leaves):
+        closeness.remember(outcome.results(), lambda: compute().results())
+    return outcome
 
 
 def as_plain(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -253,7 +253,7 @@ def test_kept_bytes_of_attention_are_what_the_ops_make():
     *_, winner, attention_class = ops.local_activations_fwd(*meta(bench_local_activations), True, "auto")
     kept = measure.tensor_bytes([winner, attention_class])
     assert bench_local_activations.kept_bytes(LOCAL) == kept
-    losses = ops.local_level_loss_fwd(*meta(bench_local_level_loss), "auto")
+    losses = ops.local_level_loss_fwd(*meta(bench_local_level_loss), -100, "auto")
     assert bench_local_level_loss.kept_bytes(LOCAL) == measure.tensor_bytes([losses])
     _, index = ops.masked_max_pool_fwd(*meta(bench_masked_max_pool), "auto")
     assert bench_masked_max_pool.kept_bytes(LOCAL) == measure.tensor_bytes([index])

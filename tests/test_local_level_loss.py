@@ -215,6 +215,49 @@ def test_nothing_but_the_gradient_is_held(backend, device):
         assert backward <= 1.05 * activations.nbytes
 
 
+@may_hold_infinities
+@everywhere
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "ignored"), [((6, 7, 7), -100), ((6, 1, 1), 3), ((2, 9, 11), 2**40), ((1100, 2, 3), -1)]
+)
+def test_an_ignored_image_is_as_if_left_out(backend, device, dtype, shape, ignored):
+    sample = Sample(shape, 7, dtype, device=device)
+    activations, mask, target = sample.activations(), sample.mask(), sample.target()
+    kept = torch.tensor([True, False, True, True, False, True, False], device=device)
+    if ignored == 3:
+        target[target == 3] = 2
+    target[~kept] = ignored
+    expected = run(
+        backend, local_level_loss, [activations[kept]], mask[kept], target[kept], ignore_index=ignored
+    )
+    activations[1, 0] = torch.nan  # not all classes of a pixel: of that the interpreter warns
+    activations[4, :, 0, 0] = torch.inf
+    found = run(backend, local_level_loss, [activations], mask, target, ignore_index=ignored)
+    assert expected.values[0].isfinite()
+    assert_as_close_as(
+        found.values[0].cpu(),
+        expected.values[0].cpu(),
+        run(
+            "reference",
+            by_definition(mask[kept].cpu(), target[kept].cpu()),
+            as_double([activations[kept]]),
+        ).values[0],
+        what="loss",
+    )
+    assert torch.equal(found.grads[0][kept], expected.grads[0])
+    assert torch.equal(found.grads[0][~kept], torch.zeros_like(activations[~kept]))
+
+
+@everywhere
+def test_a_batch_of_ignored_images_is_as_an_empty_one(backend, device):
+    activations = torch.full((3, 6, 7, 7), torch.nan, device=device)
+    target = torch.full((3,), -100, dtype=torch.int32, device=device)
+    found = run(backend, local_level_loss, [activations], Sample(device=device).mask(), target)
+    assert found.values[0].item() == 0
+    assert torch.equal(found.grads[0], torch.zeros_like(activations))
+
+
 @on_kernels
 def test_no_images(backend, device):
     sample = replace(Sample(device=device), images=0)

@@ -224,8 +224,10 @@ def test_copies(how):
 
 
 def test_repr_shows_the_options():
-    assert repr(LocalLevelLoss()) == "LocalLevelLoss(weight=1, bins=256)"
-    assert repr(LocalLevelLoss(weight=0.25, bins=32)) == "LocalLevelLoss(weight=0.25, bins=32)"
+    assert repr(LocalLevelLoss()) == "LocalLevelLoss(weight=1, bins=256, ignore_index=-100)"
+    assert (
+        repr(LocalLevelLoss(bins=32, ignore_index=7)) == "LocalLevelLoss(weight=1, bins=32, ignore_index=7)"
+    )
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
@@ -274,6 +276,9 @@ def test_a_class_that_does_not_exist(label):
         ({"bins": 256.0}, TypeError, "bins is a float; it must be an integer from 2 to 4096"),
         ({"bins": True}, TypeError, "bins is a bool; it must be an integer from 2 to 4096"),
         ({"bins": 1}, ValueError, "bins is 1; it must be an integer from 2 to 4096"),
+        ({"ignore_index": 1.0}, TypeError, "ignore_index is a float; it must be an integer"),
+        ({"ignore_index": True}, TypeError, "ignore_index is a bool; it must be an integer"),
+        ({"ignore_index": 2**63}, ValueError, f"ignore_index is {2**63}; it must fit into 64 bits"),
         ({"bins": 4097}, ValueError, "bins is 4097; it must be an integer from 2 to 4096"),
     ],
 )

@@ -158,7 +158,9 @@ def test_compiles_to_one_graph():
 
 
 def test_repr_shows_the_options():
-    assert repr(PairwiseConsistencyLoss(0.5)) == "PairwiseConsistencyLoss(alpha=0.5, beta=2)"
+    assert (
+        repr(PairwiseConsistencyLoss(0.5)) == "PairwiseConsistencyLoss(alpha=0.5, beta=2, ignore_index=-100)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -166,6 +168,7 @@ def test_repr_shows_the_options():
     [
         ({"alpha": "1"}, TypeError, "alpha is a str; it must be a number of at least 0"),
         ({"beta": True}, TypeError, "beta is a bool; it must be a number of at least 0"),
+        ({"ignore_index": 1.0}, TypeError, "ignore_index is a float; it must be an integer"),
         ({"alpha": -1}, ValueError, "alpha is -1.0; it must be a finite number of at least 0"),
         ({"beta": float("nan")}, ValueError, "beta is nan; it must be a finite number of at least 0"),
         ({"beta": float("inf")}, ValueError, "beta is inf; it must be a finite number of at least 0"),
@@ -210,10 +213,31 @@ def test_bad_input(position, value, error, message):
         PairwiseConsistencyLoss()(*inputs)
 
 
-@pytest.mark.parametrize("label", [CLASSES, -1, -100])
-def test_class_out_of_range(label):
-    with pytest.raises(IndexError):
-        PairwiseConsistencyLoss()(LOGITS, LOGITS, LOGITS, torch.tensor([0, label]))
+@pytest.mark.parametrize("ignored", [-100, 0, 255])
+def test_an_ignored_image_is_as_if_left_out(ignored):
+    *logits, target = batch()
+    kept = torch.tensor([True, False, True, True, False, True])
+    target[kept], target[~kept] = 1 + target[kept] % (CLASSES - 1), ignored
+    criterion = PairwiseConsistencyLoss(0.5, 3, ignore_index=ignored)
+    expected = criterion(*(x[kept] for x in logits), target[kept])
+    for x, bad in zip(logits, (torch.nan, torch.inf, -torch.inf), strict=True):
+        x[1], x[4, 2] = bad, torch.nan
+    leaves = [x.requires_grad_() for x in logits]
+    loss = criterion(*leaves, target)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert loss.item() == pytest.approx(
+        written_out(*(x.detach()[kept] for x in logits), target[kept], 0.5, 3), rel=1e-12
+    )
+    for grad in torch.autograd.grad(loss, leaves):
+        assert torch.equal(grad[~kept], torch.zeros_like(grad[~kept]))
+        assert grad[kept].isfinite().all()
+
+
+@pytest.mark.parametrize("label", [CLASSES, -1])
+def test_a_class_out_of_range_where_nobody_looks(label):
+    # In a compiled graph, as on a GPU.
+    compiled = torch.compile(PairwiseConsistencyLoss(alpha=0, beta=0), fullgraph=True, backend="aot_eager")
+    assert compiled(LOGITS, LOGITS, LOGITS, torch.tensor([0, label])).isnan()
 
 
 def test_a_class_ruled_out_by_an_infinite_logit_adds_nothing():

@@ -635,9 +635,9 @@ def test_kernels_make_the_local_loss_of_no_class_nan(target):
     mask = torch.zeros((2, 3, 3), dtype=torch.bool, device=DEVICE)
     mask[:, 0] = True
     label = torch.tensor([target, 3], device=DEVICE)
-    losses = torch.ops.camkernels.local_level_loss_fwd(activations, mask, label, "triton")
+    losses = torch.ops.camkernels.local_level_loss_fwd(activations, mask, label, -100, "triton")
     grad = torch.ones((), device=DEVICE)
-    grads = torch.ops.camkernels.local_level_loss_bwd(activations, mask, label, grad, "triton")
+    grads = torch.ops.camkernels.local_level_loss_bwd(activations, mask, label, grad, -100, "triton")
     for result in (losses, grads):
         assert result[0].isnan().all()
         assert result[1].isfinite().all()
@@ -646,12 +646,13 @@ def test_kernels_make_the_local_loss_of_no_class_nan(target):
 def test_local_level_loss_over_several_blocks_of_classes(monkeypatch):
     """Also where all classes of the first block are -inf, and where they are so low that they vanish."""
     monkeypatch.setattr(local_level_loss, "WHOLE_PIXEL", 128)
-    monkeypatch.setattr(local_level_loss, "MOST_COUNTED", 2)  # the mask is counted in several blocks too
-    activations = torch.randn((2, 300, 1, 5), generator=torch.Generator().manual_seed(0))
+    # The mask and the images are counted in several blocks too.
+    monkeypatch.setattr(local_level_loss, "MOST_COUNTED", 2)
+    activations = torch.randn((5, 300, 1, 5), generator=torch.Generator().manual_seed(0))
     activations[0, :256, 0, 1] = -torch.inf
     activations[0, :256, 0, 2] -= 200
-    mask = torch.tensor([[[1, 1, 0, 0, 1]], [[0, 1, 0, 0, 1]]], dtype=torch.bool)
-    target = torch.tensor([280, 3])
+    mask = torch.tensor([[[1, 1, 0, 0, 1]], [[0, 1, 0, 0, 1]]], dtype=torch.bool).repeat(3, 1, 1)[:5]
+    target = torch.tensor([280, 3, -100, 4, -100])
 
     def run(function, dtype):
         leaf = activations.to(DEVICE, dtype).requires_grad_()

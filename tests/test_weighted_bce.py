@@ -176,6 +176,54 @@ def test_a_sequence_of_numbers():
 def test_built_on_meta():
     loss = WeightedBCEWithLogits(torch.empty(LABELS, device="meta"))
     assert loss.positive_ratio.is_meta
+    with pytest.raises(
+        RuntimeError, match=r"^WeightedBCEWithLogits: positive_ratio was given without values"
+    ):
+        loss.to_empty(device="cpu").reset_parameters()
+
+
+def test_a_wrong_ratio_is_found_on_meta():
+    with torch.device("meta"), pytest.raises(ValueError, match=r"positive_ratio holds 1.5"):
+        WeightedBCEWithLogits([0.5, 1.5])
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16, torch.int64, torch.int8])
+def test_an_unknown_label_adds_nothing(kind):
+    logits, target = batch()
+    expected = (
+        criterion()(logits, target).item() - written_out(logits[:1, 1:3], target[:1, 1:3], RATIO[1:3]) / 6
+    )
+    target[0, 1:3] = -1
+    logits[0, 1], logits[0, 2] = inf, nan
+    logits.requires_grad_()
+    loss = criterion()(logits, target.to(kind))
+    loss.backward()
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    assert torch.equal(logits.grad == 0, target == -1)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (2, "2"),
+        (-2, "-2"),
+        (torch.tensor(255, dtype=torch.uint8), "255"),
+        (1.5, "1.5"),
+        (-0.5, "-0.5"),
+        (nan, "nan"),
+    ],
+)
+def test_a_target_that_is_no_label(value, shown):
+    logits, target = batch(dtype=torch.float32)
+    value = torch.as_tensor(value)
+    target = target.to(value.dtype)
+    target[1, 3] = value
+    message = f"^WeightedBCEWithLogits: target holds {shown}; it must be in \\[0, 1\\], or -1 for unknown$"
+    with pytest.raises(ValueError, match=message):
+        criterion(torch.float32)(logits, target)
+    # In a compiled graph, as on a GPU, nobody looks.
+    compiled = torch.compile(criterion(torch.float32), fullgraph=True, backend="aot_eager")
+    assert compiled(logits, target).isnan()
 
 
 def test_repr_shows_the_number_of_labels():

@@ -65,7 +65,8 @@ class GlobalConsistencyLoss(nn.Module):
 
     State: the buffers ``centres``, ``[Y, D]`` float32, and ``counters``, ``[Y]`` int64. Centres begin as
         standard normal numbers, always the same ones, so that ranks agree and PyTorch's own generator is
-        left alone; the first time that a class comes its loss is the distance to these. Every forward in
+        left alone; the first time that a class comes its loss is the distance to these.
+        ``reset_parameters()`` goes back to them, or fills what ``to_empty()`` made. Every forward in
         training mode moves centres, under ``torch.no_grad()`` as well: keep the module out of checkpointed
         regions, which run it twice. In evaluation mode nothing moves. ``half()`` of the whole model rounds
         the centres. A class whose mean is not finite, as in a step that a ``GradScaler`` skips, keeps centre
@@ -123,10 +124,17 @@ class GlobalConsistencyLoss(nn.Module):
         self.decay = _checks.in_open_interval(name, "decay", decay, 0, 1, "in (0, 1)")
         self.preset = _checks.choice(name, "preset", preset, ("paper", "official"))
         self.process_group = _distributed.process_group(name, process_group)
+        self.register_buffer("centres", torch.empty(num_classes, dim, dtype=torch.float32))
+        self.register_buffer("counters", torch.empty(num_classes, dtype=torch.int64))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Put centres and counters back to the beginning; fill them after ``to_empty()``."""
         generator = torch.Generator("cpu").manual_seed(0)
-        centres = torch.randn(num_classes, dim, generator=generator, dtype=torch.float32, device="cpu")
-        self.register_buffer("centres", centres.to(torch.get_default_device()))
-        self.register_buffer("counters", torch.zeros(num_classes, dtype=torch.int64))
+        shape, dtype = self.centres.shape, torch.float32
+        self.centres.copy_(torch.randn(shape, generator=generator, dtype=dtype, device="cpu"))
+        self.counters.zero_()
 
     def forward(self, vectors: Tensor, target: Tensor) -> Tensor:
         vectors, target = self._checked(vectors, target)

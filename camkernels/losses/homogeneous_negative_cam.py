@@ -50,9 +50,10 @@ class HomogeneousNegativeCAMLoss(nn.Module):
 
     Attributes:
         positive_share: a scalar tensor, for monitoring: the share, from 0 to 1, of pixels above 0 in the
-            chosen heatmaps of the last call; None before the first. It has no gradient, stays on the device,
-            where only turning it into a number waits, and is not in the state dict; nor is it in an exported
-            graph, which has no attributes.
+            chosen heatmaps of the last call; None before the first, and after one inside a transform of
+            ``torch.func`` or with fake tensors, which leave no numbers. It has no gradient, stays on the
+            device, where only turning it into a number waits, and is not in the state dict; nor is it in an
+            exported graph, which has no attributes.
 
     Gradients: ``features``, ``weight`` and ``bias``, that of the bias being 0 for the uniform kind; none to
         ``logits``.
@@ -136,7 +137,9 @@ class HomogeneousNegativeCAMLoss(nn.Module):
             self.temperature,
         )
         if not torch.compiler.is_exporting():  # torch.export refuses a graph that sets an attribute
-            self.positive_share = positive_share(features, positive, counts)
+            share = positive_share(features, positive, counts)
+            # A wrapper is dead after the call, and no module that holds one can be copied or saved.
+            self.positive_share = share if torch.compiler.is_compiling() or _checks.is_plain(share) else None
         return self.weight * loss
 
     def extra_repr(self) -> str:

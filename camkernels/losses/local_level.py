@@ -16,7 +16,7 @@ class LocalLevelLoss(nn.Module):
         w    = mean of the mask
         l1   = sum over pixels of the mask of -log softmax(activations)[target]
         l0   = sum over all others of -log softmax(activations)[background]
-        loss = mean over images of ((1 - w) * l1 + w * l0) / (H * W)
+        loss = mean over images that are not ignored of ((1 - w) * l1 + w * l0) / (H * W)
 
     times ``weight``; the softmax is over the L + 1 classes of a pixel, the last of which is background. An
     image whose mask is empty or full adds 0, and so does an empty batch.
@@ -37,12 +37,14 @@ class LocalLevelLoss(nn.Module):
     Args:
         weight: factor of the loss; the paper has 1.
         bins: of the histogram that Otsu's threshold is sought in, 2 to 4096.
+        ignore_index: an image of this class adds nothing to loss and gradient, whatever its activations are;
+            a batch of nothing else has the loss 0.
 
     Call with:
         activations: ``[N, L + 1, H, W]``, the last class background.
         attention: ``[N, H, W]``, as ``fused_local_activations`` returns it, in any float dtype; or a bool
             mask, which is used as it is.
-        target: class of each image, ``[N]``, int64 or int32, in [0, L).
+        target: class of each image, ``[N]``, int64 or int32, in [0, L) or ``ignore_index``.
 
     Returns:
         A scalar. It is float32 for half types (float64 for float64).
@@ -56,27 +58,29 @@ class LocalLevelLoss(nn.Module):
     Raises:
         TypeError: an argument is of the wrong type or dtype.
         ValueError: a wrong shape, device or option.
-        IndexError: a class index outside [0, L) on the CPU; on a GPU the loss is NaN instead.
+        IndexError: a class index outside [0, L) that is not ``ignore_index``, on the CPU; on a GPU the loss
+            is NaN instead.
 
     Source: Shen and Liu, "Generating Attention from Classifier Activations for Fine-grained Recognition",
     eq. 2-4.
     """
 
-    def __init__(self, *, weight: float = 1.0, bins: int = 256) -> None:
+    def __init__(self, *, weight: float = 1.0, bins: int = 256, ignore_index: int = -100) -> None:
         super().__init__()
         name = type(self).__name__
         self.weight = _inputs.factor(name, "weight", weight)
         self.bins = _checks.bins(name, bins)
+        self.ignore_index = _checks.class_index(name, "ignore_index", ignore_index)
 
     def forward(self, activations: Tensor, attention: Tensor, target: Tensor) -> Tensor:
         name = type(self).__name__
         activations = _checks.local_activations(name, activations)
         attention = _attention(name, attention, activations)
         mask = attention if attention.dtype == torch.bool else otsu_mask(attention, bins=self.bins).mask
-        return self.weight * loss_of(name, activations, mask, target)
+        return self.weight * loss_of(name, activations, mask, target, self.ignore_index)
 
     def extra_repr(self) -> str:
-        return f"weight={self.weight:g}, bins={self.bins}"
+        return f"weight={self.weight:g}, bins={self.bins}, ignore_index={self.ignore_index}"
 
 
 def _attention(function: str, value: object, activations: Tensor) -> Tensor:

@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from camkernels.losses import _inputs
 from camkernels.ops import _checks
 
-# A class index that no user passes: F.nll_loss would otherwise skip -100 in silence.
-_NO_IGNORED_CLASS = torch.iinfo(torch.int64).min
+_NO_CLASS = -100  # what F.nll_loss skips
 
 
 class PairwiseConsistencyLoss(nn.Module):
@@ -18,7 +17,7 @@ class PairwiseConsistencyLoss(nn.Module):
 
     ``p`` is predicted from the original image, ``q`` from the erased one by its own linear classifier, ``r``
     by the CAM module of the side branch; all three by softmax of the logits given. Each term is a mean over
-    the batch, and 0 for an empty one.
+    the images that are not ignored, and 0 where there is none.
 
         criterion = PairwiseConsistencyLoss()
         loss = criterion(logits, erased_logits, side_logits, target)
@@ -26,12 +25,13 @@ class PairwiseConsistencyLoss(nn.Module):
     Args:
         alpha: weight of the cross-entropy of the erased image; the paper uses 1.
         beta: weight of the divergence; the paper uses 2.
+        ignore_index: an image of this class adds nothing to loss and gradient, whatever its logits are.
 
     Call with:
         logits: of the original image, ``[N, L]``.
         erased_logits: of the erased image, ``[N, L]``.
         side_logits: of the CAM module, ``[N, L]``.
-        target: ground truth, ``[N]``, int64 or int32.
+        target: ground truth, ``[N]``, int64 or int32, in [0, L) or ``ignore_index``.
 
     Returns:
         A scalar. It is float32 for half types, as under autocast: a ``GradScaler`` multiplies it by numbers
@@ -44,7 +44,8 @@ class PairwiseConsistencyLoss(nn.Module):
     Raises:
         TypeError: an argument is of the wrong type or dtype.
         ValueError: a wrong shape, device or value.
-        IndexError: a class index outside [0, L) on the CPU; on a GPU a device assertion.
+        IndexError: a class index outside [0, L) that is not ``ignore_index``, on the CPU; on a GPU the loss
+            is NaN instead.
 
     Source: Chen et al., NeurIPS 2021, eq. 3. Its last term is printed ``-q log(q / p)``, which is minus
     KL(q || p), unbounded below and largest in agreement; text and experiments say that the divergence is
@@ -52,32 +53,41 @@ class PairwiseConsistencyLoss(nn.Module):
     checklist, item 3a), so there is nothing to differ from the paper.
     """
 
-    def __init__(self, alpha: float = 1.0, beta: float = 2.0) -> None:
+    def __init__(self, alpha: float = 1.0, beta: float = 2.0, *, ignore_index: int = -100) -> None:
         super().__init__()
-        self.alpha = _inputs.factor(type(self).__name__, "alpha", alpha)
-        self.beta = _inputs.factor(type(self).__name__, "beta", beta)
+        name = type(self).__name__
+        self.alpha = _inputs.factor(name, "alpha", alpha)
+        self.beta = _inputs.factor(name, "beta", beta)
+        self.ignore_index = _checks.class_index(name, "ignore_index", ignore_index)
 
     def forward(self, logits: Tensor, erased_logits: Tensor, side_logits: Tensor, target: Tensor) -> Tensor:
         name = type(self).__name__
         logits = _inputs.logits(name, "logits", logits)
         erased_logits = _inputs.logits(name, "erased_logits", erased_logits, logits)
         side_logits = _inputs.logits(name, "side_logits", side_logits, logits)
-        target = _class_indices(name, target, logits)
+        target = _checks.target(name, target, logits, "[N]", (1,), "logits").long()
+        classes = logits.shape[1]
+        _checks.classes_in_range(name, target, classes, "logits has {} classes", self.ignore_index)
 
-        log_p = _log_softmax(logits)  # [N, L]
-        log_q = _log_softmax(erased_logits)  # [N, L]
-        log_r = _log_softmax(side_logits)  # [N, L]
-        divergence = _divergence(log_q, log_p)
-        total = (
-            _negative_log_likelihood(log_p, target)
-            + _negative_log_likelihood(log_r, target)
-            + self.alpha * _negative_log_likelihood(log_q, target)
-            + self.beta * divergence
+        counts = target != self.ignore_index  # [N]
+        exists = (target >= 0) & (target < classes)
+        label = torch.where(counts & exists, target, _NO_CLASS)
+        # Left out before the softmax: the logits of an ignored image may hold inf or NaN.
+        log_p, log_q, log_r = (  # [N, L]
+            _log_softmax(torch.where(counts[:, None], x, 0)) for x in (logits, erased_logits, side_logits)
         )
-        return total / max(target.shape[0], 1)
+        total = (
+            _negative_log_likelihood(log_p, label)
+            + _negative_log_likelihood(log_r, label)
+            + self.alpha * _negative_log_likelihood(log_q, label)
+            + self.beta * _divergence(log_q, log_p)
+        )
+        # NaN shows where a class does not exist, on a device that cannot raise.
+        total = total * torch.where((exists | ~counts).all(), 1.0, torch.nan)
+        return total / counts.sum().clamp_min(1)
 
     def extra_repr(self) -> str:
-        return f"alpha={self.alpha:g}, beta={self.beta:g}"
+        return f"alpha={self.alpha:g}, beta={self.beta:g}, ignore_index={self.ignore_index}"
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
@@ -92,21 +102,6 @@ def _divergence(log_q: Tensor, log_p: Tensor) -> Tensor:
     return torch.where(ruled_out, 0, log_q.exp() * (log_q - log_p)).sum()
 
 
-def _negative_log_likelihood(log_probability: Tensor, target: Tensor) -> Tensor:
+def _negative_log_likelihood(log_probability: Tensor, label: Tensor) -> Tensor:
     """Summed over the batch."""
-    return F.nll_loss(log_probability, target, reduction="sum", ignore_index=_NO_IGNORED_CLASS)
-
-
-def _class_indices(function: str, value: object, logits: Tensor) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{function}: target is a {type(value).__name__}; it must be a tensor [N]")
-    if value.dtype not in (torch.int64, torch.int32):
-        dtype = str(value.dtype).removeprefix("torch.")
-        raise TypeError(f"{function}: target has dtype {dtype}; allowed are int64, int32")
-    if value.dim() != 1:
-        raise ValueError(f"{function}: target has shape {list(value.shape)}; it must be [N]")
-    if value.shape[0] != logits.shape[0]:
-        raise ValueError(
-            f"{function}: target has {value.shape[0]} images and logits {logits.shape[0]}; they must be equal"
-        )
-    return _checks.same_device(function, "target", value.long(), logits, "logits")
+    return F.nll_loss(log_probability, label, reduction="sum", ignore_index=_NO_CLASS)

@@ -21,6 +21,23 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether the tensor outlives the call: no wrapper of ``torch.func``, nothing of a subclass, as the fake
+    tensors of a trace are."""
+    plain = type(tensor) in (Tensor, torch.nn.Parameter)
+    return plain and not torch._C._are_functorch_transforms_active()
+
+
+def values_are_readable(tensor: Tensor) -> bool:
+    """Whether Python may look at the numbers: on the CPU, where it need not wait, and not in a trace."""
+    return (
+        not torch.compiler.is_compiling()  # first, for Dynamo cannot trace what is asked below
+        and tensor.device.type == "cpu"
+        and is_plain(tensor)
+        and torch._C._len_torch_dispatch_stack() == 0  # as under make_fx, which makes numbers constants
+    )
+
+
 def tensor(function: str, argument: str, value: object, shape: str, dims: Sequence[int]) -> Tensor:
     """A float tensor whose number of dimensions is one of ``dims``."""
     if not isinstance(value, Tensor):
@@ -138,7 +155,7 @@ def boxes(function: str, value: object, images: Tensor) -> Tensor:
     same_device(function, "boxes", value, images, "images")
     # As kernels see them: rounded, a thin box may be none.
     value = value.detach().to(accumulate_dtype(images.dtype))
-    if value.device.type == "cpu" and not torch.compiler.is_compiling():  # there it waits for nothing
+    if values_are_readable(value):
         x0, y0, x1, y1 = value.unbind(1)
         for index in (~(value.isfinite().all(1) & (x0 < x1) & (y0 < y1))).nonzero()[:1].flatten().tolist():
             raise ValueError(
@@ -249,17 +266,25 @@ def per_class(
 
 
 def classes_in_range(
-    function: str, target: Tensor | None, classes: int, source: str = "weight has {} classes"
+    function: str,
+    target: Tensor | None,
+    classes: int,
+    source: str = "weight has {} classes",
+    ignore_index: int | None = None,
 ) -> None:
-    """On the CPU, where it waits for nothing; kernels check by themselves, this is for the reference and for
-    modules. ``source`` says where the number of classes is from."""
-    if target is None or target.device.type != "cpu" or target.numel() == 0 or torch.compiler.is_compiling():
+    """Where values are readable; kernels check by themselves, this is for the reference and for modules.
+    ``source`` says where the number of classes is from."""
+    if target is None or target.numel() == 0 or not values_are_readable(target):
         return
-    for index in (int(target.min()), int(target.max())):
-        if not 0 <= index < classes:
+    low, high = (int(index) for index in target.aminmax())
+    if low >= 0 and high < classes:
+        return
+    for index in target.flatten().tolist():
+        if not 0 <= index < classes and index != ignore_index:
+            ignored = "" if ignore_index is None else f" or the ignore_index {ignore_index}"
             raise IndexError(
                 f"{function}: target holds class {index}; {source.format(classes)}, "
-                f"so it must be in [0, {classes})"
+                f"so it must be in [0, {classes}){ignored}"
             )
 
 
@@ -382,6 +407,16 @@ def positive_int(function: str, argument: str, value: object) -> int:
         raise ValueError(f"{function}: {argument} is {value}; it must be an integer of at least 1")
     # A SymInt stays one, for torch.compile with dynamic shapes.
     return value if isinstance(value, torch.SymInt) else int(value)  # type: ignore[return-value]
+
+
+def class_index(function: str, argument: str, value: object) -> int:
+    """Of a class that need not exist."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{function}: {argument} is a {type(value).__name__}; it must be an integer")
+    result = int(value)
+    if not -(2**63) <= result < 2**63:
+        raise ValueError(f"{function}: {argument} is {result}; it must fit into 64 bits")
+    return result
 
 
 def flag(function: str, argument: str, value: object) -> bool:

@@ -108,7 +108,7 @@ CAM = Op(
     kept="cam32 extent",
     allocate=lambda a: allocate_maps(a, _maps(a), a.normalize),
     reference=_reference,
-    backward="Tensor? grad_cam, Tensor features, Tensor weight, Tensor? target, Tensor cam, Tensor extent, "
+    backward="Tensor grad_cam, Tensor features, Tensor weight, Tensor? target, Tensor cam, Tensor extent, "
     "bool normalize, float eps",
     gradients={"features": like("features"), "weight": like("weight"), "bias": per_class},
     # A raw map is linear in everything: its backward needs no map, and users may change it in place.

@@ -163,10 +163,6 @@ def _allocate(a: Arguments) -> None:
     allocate_maps(a, 1)
 
 
-def _launch_fwd(launch: Launch, a: Arguments) -> None:
-    launch("cam_seeds_fwd", a, seed_features=_seeds_of(a))
-
-
 def _of_seeds(a: Arguments) -> Tensor:
     """The gradient of what the vectors were taken from, of which backward needs no value."""
     like_vectors = {"dtype": a.grad_vectors.dtype, "device": a.grad_vectors.device}
@@ -226,7 +222,6 @@ CAM_SEEDS = Op(
         "channels_last": lambda a: memory_format(_seeds_of(a)) == torch.channels_last,
         "own": lambda a: a.seed_features is None,
     },
-    launch_fwd=_launch_fwd,
     launch_bwd=_launch_bwd,
     channels_last="features seed_features",
     decides="features seed_features",

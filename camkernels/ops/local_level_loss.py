@@ -4,17 +4,20 @@ from torch import Tensor
 
 from camkernels._op import Arguments, Op, accumulate_dtype, like
 from camkernels.ops import _checks
-from camkernels.reference.local_level_loss import image_losses
+from camkernels.reference.local_level_loss import mean_loss
+
 TILE = 64  # pixels whose losses are added up in one number
 
 
-def local_level_loss(activations: Tensor, mask: Tensor, target: Tensor) -> Tensor:
+def local_level_loss(
+    activations: Tensor, mask: Tensor, target: Tensor, *, ignore_index: int = -100
+) -> Tensor:
     """Cross entropy at every pixel: with the image's class inside the mask, with the background outside.
 
         w    = mean over pixels of the mask
         l1   = sum over pixels in the mask of -log softmax(activations)[target]
         l0   = sum over the other pixels of -log softmax(activations)[L]
-        loss = mean over images of ((1 - w) * l1 + w * l0) / (H * W)
+        loss = mean over images that are not ignored of ((1 - w) * l1 + w * l0) / (H * W)
 
         local = fused_local_activations(features, weight, bias)
         loss = local_level_loss(local.activations, otsu_mask(local.attention).mask, target)
@@ -22,11 +25,12 @@ def local_level_loss(activations: Tensor, mask: Tensor, target: Tensor) -> Tenso
     Args:
         activations: ``[N, L + 1, H, W]``, the last class being the background; contiguous is read in place.
         mask: ``[N, H, W]``, bool. An empty or a full one makes the loss of its image 0.
-        target: class of each image, ``[N]``, int64 or int32, from 0 to L - 1.
+        target: class of each image, ``[N]``, int64 or int32, from 0 to L - 1 or ``ignore_index``.
+        ignore_index: an image of this class adds nothing to loss and gradient, whatever its activations are.
 
     Returns:
         A scalar in the dtype of ``activations``; ``losses.LocalLevelLoss`` returns float32 for half types. 0
-        for an empty batch.
+        for an empty batch and for one whose images are all ignored.
 
     Gradients: ``activations``. Nothing but the arguments is kept for backward. No double backward but with
         backend ``"reference"``.
@@ -35,27 +39,26 @@ def local_level_loss(activations: Tensor, mask: Tensor, target: Tensor) -> Tenso
     Raises:
         TypeError: an argument is of the wrong type or dtype.
         ValueError: a wrong shape or device.
-        IndexError: a class outside [0, L) on the CPU; on a GPU the loss is NaN instead.
+        IndexError: a class outside [0, L) that is not ``ignore_index``, on the CPU; on a GPU the loss is NaN
+            instead.
 
     Source: Shen and Liu, "Generating Attention from Classifier Activations for Fine-grained Recognition",
     eq. 2-4.
     """
-    return loss_of("local_level_loss", activations, mask, target).to(activations.dtype)
+    return loss_of("local_level_loss", activations, mask, target, ignore_index).to(activations.dtype)
 
 
-def loss_of(function: str, activations: Tensor, mask: Tensor, target: Tensor) -> Tensor:
+def loss_of(
+    function: str, activations: Tensor, mask: Tensor, target: Tensor, ignore_index: int = -100
+) -> Tensor:
     """The loss in the accumulation type; ``function`` is whom errors name."""
     activations = _checks.local_activations(function, activations)
     mask = _checks.mask(function, mask, activations, "activations")
     target = _checks.target(function, target, activations, "[N]", (1,), "activations")
-    classes = activations.shape[1] - 1
-    _checks.classes_in_range(
-        function,
-        target,
-        classes,
-        f"activations has {{}} classes beside the background, being {list(activations.shape)}",
-    )
-    loss: Tensor = LOCAL_LEVEL_LOSS(function, activations, mask, target)
+    ignore_index = _checks.class_index(function, "ignore_index", ignore_index)
+    source = "activations has {} classes beside the background"
+    _checks.classes_in_range(function, target, activations.shape[1] - 1, source, ignore_index)
+    loss: Tensor = LOCAL_LEVEL_LOSS(function, activations, mask, target, ignore_index)
     return loss
 
 
@@ -70,19 +73,15 @@ def _finish(a: Arguments) -> None:
     a.loss = a.losses.sum()
 
 
-def _reference(activations: Tensor, mask: Tensor, target: Tensor) -> Tensor:
-    return image_losses(activations, mask, target).sum() / max(activations.shape[0], 1)
-
-
 LOCAL_LEVEL_LOSS = Op(
     "local_level_loss",
-    "Tensor activations, Tensor mask, Tensor target",
+    "Tensor activations, Tensor mask, Tensor target, int ignore_index",
     outputs="loss",
     scratch="losses",
     allocate=_allocate,
     finish=_finish,
-    reference=_reference,
-    backward="Tensor activations, Tensor mask, Tensor target, Tensor grad_loss",
+    reference=mean_loss,
+    backward="Tensor activations, Tensor mask, Tensor target, Tensor grad_loss, int ignore_index",
     gradients={"activations": like("activations")},
     channels_last="",
     backends=("reference", "cpu", "triton"),

@@ -43,6 +43,21 @@ def raw_maps(features: Tensor, weight: Tensor, target: Tensor | None, bias: Tens
         return maps if bias is None else maps + rows_of(bias, target)[..., None, None]
 
 
+def varying(features: Tensor) -> Tensor:
+    """``features`` with 0 for every channel that is equal at all pixels of its image. Such a channel adds a
+    constant to a map, but PyTorch sums some pixels in another order than others: the rounding of the constant
+    would differ from pixel to pixel, and min-max would stretch the difference to 0 .. 1."""
+    first = features[..., :1, :1]
+    equal = (features == first).all(-1, keepdim=True).all(-2, keepdim=True)  # [N, C, 1, 1]
+    # Detached: the gradient of a constant that min-max takes away is 0 but for rounding.
+    return features - torch.where(equal, first, 0).detach()
+
+
+def normalised_maps(features: Tensor, weight: Tensor, target: Tensor | None, eps: float) -> Tensor:
+    # A constant per map cancels in min-max: no bias.
+    return min_max(raw_maps(varying(features), weight, target, None), eps)
+
+
 def cam(
     features: Tensor,
     weight: Tensor,
@@ -52,11 +67,10 @@ def cam(
     normalize: bool = True,
     eps: float = 1e-8,
 ) -> Tensor:
-    # A constant per map cancels in min-max, so the bias is left out there ...
-    maps = raw_maps(features, weight, target, None if normalize else bias)
-    if normalize:
-        maps = min_max(maps, eps)
-        if bias is not None:  # ... but has a gradient all the same: exactly 0
-            never = torch.zeros((), dtype=torch.bool, device=maps.device)
-            maps = torch.where(never, bias.to(maps.dtype).sum(), maps)
+    if not normalize:
+        return raw_maps(features, weight, target, bias).to(features.dtype)
+    maps = normalised_maps(features, weight, target, eps)
+    if bias is not None:  # it has a gradient all the same: exactly 0
+        never = torch.zeros((), dtype=torch.bool, device=maps.device)
+        maps = torch.where(never, bias.to(maps.dtype).sum(), maps)
     return maps.to(features.dtype)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from camkernels.reference.cam import min_max, raw_maps
+from camkernels.reference.cam import normalised_maps
 
 
 def cam_seeds(
@@ -20,7 +20,7 @@ def cam_seeds(
     eps: float = 1e-8,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     seed_features = features if seed_features is None else seed_features
-    cam = min_max(raw_maps(features, weight, target, None), eps)  # [N, H, W]
+    cam = normalised_maps(features, weight, target, eps)  # [N, H, W]
     heat = cam.detach().flatten(1)  # [N, H * W]
     if sampling == "first":
         noise = torch.zeros_like(heat)

@@ -182,7 +182,7 @@ def cam_seeds_fwd(
     features: Tensor,  # [N, C, H, W]
     weight: Tensor,  # [L, C]
     target: Tensor,  # [N, 1]
-    seed_features: Tensor,  # [N, D, H, W]
+    seed_features: Tensor | None,  # [N, D, H, W]; None: features
     noise: Tensor | None,  # [N, H * W]
     num_seeds: int,
     threshold: float,
@@ -194,6 +194,7 @@ def cam_seeds_fwd(
     cam32: Tensor,  # [N, 1, H, W] or empty
     extent: Tensor,  # [N, 1, 2]
 ) -> None:
+    seed_features = features if seed_features is None else seed_features
     images, channels, height, width = seed_features.shape
     pixels = height * width
     with on_device_of(features):

@@ -18,8 +18,9 @@ from camkernels.triton.front import (
 
 # Classes that one block holds; where there are more, backward reads the activations twice.
 WHOLE_PIXEL = 1024
-# Pixels of the mask that a program counts at a time, for it counts those of its whole image.
-MOST_COUNTED = 1024
+# Pixels of the mask that a program counts at a time, for it counts those of its whole image; and images, for
+# it counts those of the batch that are not ignored.
+LEAST_COUNTED, MOST_COUNTED = 128, 1024
 TILE = 64  # pixels whose losses are one number of the output, as its shape has it
 
 
@@ -59,8 +60,15 @@ def exponential_sum(activations_ptr, pixel, classes, pixels, BLOCK_L: tl.constex
 
 
 @triton.jit
-def labels_of(mask_ptr, target_ptr, image, pixel, classes, pixels, images, BLOCK_M: tl.constexpr):
-    """The class of each pixel, and what its cross entropy counts in the loss; NaN if the class is none."""
+def labels_of(mask_ptr, target_ptr, image, pixel, classes, pixels, images, ignored, BLOCK_M: tl.constexpr):
+    """The class of each pixel, what its cross entropy counts in the loss, NaN if the class is none; and
+    whether the image counts at all."""
+    counted = tl.zeros([BLOCK_M], tl.int32)
+    for first in range(0, images, BLOCK_M):
+        other = first + tl.arange(0, BLOCK_M)
+        theirs = tl.load(target_ptr + other, mask=other < images, other=0).to(tl.int64)
+        counted += ((theirs != ignored) & (other < images)).to(tl.int32)
+    divisor = tl.maximum(tl.sum(counted, 0), 1).to(tl.float32)
     mask_ptr += image * pixels
     counts = tl.zeros([BLOCK_M], tl.int32)
     for first in range(0, pixels, BLOCK_M):
@@ -71,8 +79,9 @@ def labels_of(mask_ptr, target_ptr, image, pixel, classes, pixels, images, BLOCK
     target, exists = class_of(target_ptr, image, 1, classes - 1)
     attended = tl.load(mask_ptr + pixel, mask=pixel < pixels, other=0) != 0
     label = tl.where(attended, target.to(tl.int32), classes - 1)
-    part = tl.div_rn(tl.where(attended, 1.0 - share, share), size * tl.cast(images, tl.float32))
-    return label, tl.where(exists, part, float("nan"))
+    part = tl.div_rn(tl.where(attended, 1.0 - share, share), size * divisor)
+    counts = tl.load(target_ptr + image).to(tl.int64) != ignored
+    return label, tl.where(exists, part, float("nan")), counts
 
 
 @triton.jit
@@ -84,6 +93,7 @@ def local_level_loss_kernel(
     images,
     classes,  # L + 1
     pixel_groups,  # H * W / ALIGN
+    ignored,  # class whose images add 0
     ALIGN: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -96,18 +106,21 @@ def local_level_loss_kernel(
     pixel = program % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = pixel < pixels
     activations_ptr += image * classes * pixels
-    label, part = labels_of(mask_ptr, target_ptr, image, pixel, classes, pixels, images, BLOCK_M)
+    label, part, counts = labels_of(
+        mask_ptr, target_ptr, image, pixel, classes, pixels, images, ignored, BLOCK_M
+    )
     shift, total = exponential_sum(activations_ptr, pixel, classes, pixels, BLOCK_L)
     wanted = tl.load(activations_ptr + label.to(tl.int64) * pixels + pixel, mask=inside, other=0.0)
     loss = (shift - wanted.to(tl.float32)) + tl.log(total)
-    # A product even if the part is 0: 0 * infinity shows that something is wrong.
-    tl.store(losses_ptr + program, tl.sum(tl.where(inside, part * loss, 0.0), 0))
+    # A product even if the part is 0: 0 * infinity shows that something is wrong, if the image counts.
+    tl.store(losses_ptr + program, tl.sum(tl.where(inside & counts, part * loss, 0.0), 0))
 
 
 @triton.jit
-def store_gradient(grad_ptr, values, shift, total, label, wanted, factor, pixel, classes, pixels):
+def store_gradient(grad_ptr, values, shift, total, label, wanted, factor, counts, pixel, classes, pixels):
     softmax = tl.exp(values - shift[None, :]) * tl.div_rn(1.0, total)[None, :]
     grad = factor[None, :] * (softmax - (label[:, None] == wanted[None, :]).to(tl.float32))
+    grad = tl.where(counts, grad, 0.0)
     stored = (label < classes)[:, None] & (pixel < pixels)[None, :]
     ptrs = grad_ptr + label.to(tl.int64)[:, None] * pixels + pixel[None, :]
     tl.store(ptrs, narrow(grad, grad_ptr.dtype.element_ty), mask=stored)
@@ -123,6 +136,7 @@ def local_level_loss_bwd_kernel(
     images,
     classes,  # L + 1
     pixel_groups,  # H * W / ALIGN
+    ignored,  # class whose images add 0
     ALIGN: tl.constexpr,
     WHOLE: tl.constexpr,  # one block has all classes
     BLOCK_L: tl.constexpr,
@@ -136,7 +150,9 @@ def local_level_loss_bwd_kernel(
     pixel = program % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
     activations_ptr += image * classes * pixels
     grad_activations_ptr += image * classes * pixels
-    wanted, part = labels_of(mask_ptr, target_ptr, image, pixel, classes, pixels, images, BLOCK_M)
+    wanted, part, counts = labels_of(
+        mask_ptr, target_ptr, image, pixel, classes, pixels, images, ignored, BLOCK_M
+    )
     factor = tl.load(grad_ptr) * part
     if WHOLE:
         label = tl.arange(0, BLOCK_L)
@@ -144,7 +160,7 @@ def local_level_loss_bwd_kernel(
         none = tl.full([BLOCK_P], float("-inf"), tl.float32)
         shift, total, _ = shifted_sum(values, none, tl.zeros([BLOCK_P], tl.float32))
         store_gradient(
-            grad_activations_ptr, values, shift, total, label, wanted, factor, pixel, classes, pixels
+            grad_activations_ptr, values, shift, total, label, wanted, factor, counts, pixel, classes, pixels
         )
     else:
         shift, total = exponential_sum(activations_ptr, pixel, classes, pixels, BLOCK_L)
@@ -152,7 +168,17 @@ def local_level_loss_bwd_kernel(
             label = first + tl.arange(0, BLOCK_L)
             values = classes_at(activations_ptr, label, pixel, classes, pixels)
             store_gradient(
-                grad_activations_ptr, values, shift, total, label, wanted, factor, pixel, classes, pixels
+                grad_activations_ptr,
+                values,
+                shift,
+                total,
+                label,
+                wanted,
+                factor,
+                counts,
+                pixel,
+                classes,
+                pixels,
             )
 
 
@@ -160,6 +186,7 @@ def local_level_loss_fwd(
     activations: Tensor,  # [N, L + 1, H, W]
     mask: Tensor,  # [N, H, W] bool
     target: Tensor,  # [N]
+    ignore_index: int,
     losses: Tensor,  # [N, tiles]
 ) -> None:
     images, classes, height, width = activations.shape
@@ -174,10 +201,11 @@ def local_level_loss_fwd(
             images,
             classes,
             height * width // align,
+            ignore_index,
             ALIGN=align,
             BLOCK_L=block_l,
             BLOCK_P=TILE,
-            BLOCK_M=power_of_two(height * width, 1, MOST_COUNTED),
+            BLOCK_M=power_of_two(height * width, LEAST_COUNTED, MOST_COUNTED),
             num_warps=power_of_two(block_l // 32, 4, 8),
             **registers(128),
         )
@@ -188,6 +216,7 @@ def local_level_loss_bwd(
     mask: Tensor,  # [N, H, W] bool
     target: Tensor,  # [N]
     grad_loss: Tensor,  # []
+    ignore_index: int,
     grad_activations: Tensor,  # [N, L + 1, H, W]
 ) -> None:
     images, classes, height, width = activations.shape
@@ -206,11 +235,12 @@ def local_level_loss_bwd(
             images,
             classes,
             pixels // align,
+            ignore_index,
             ALIGN=align,
             WHOLE=classes <= block_l,
             BLOCK_L=block_l,
             BLOCK_P=block_p,
-            BLOCK_M=power_of_two(pixels, 1, MOST_COUNTED),
+            BLOCK_M=power_of_two(pixels, LEAST_COUNTED, MOST_COUNTED),
             num_warps=power_of_two(block_l * block_p // 1024, 4, 16),
             **registers(128),
         )

@@ -107,9 +107,10 @@ void cam_seeds_fwd(const CamFwd& front, const Tensor& seed_features, const float
 }  // namespace
 
 void cam_seeds_fwd_cpu(const Tensor& features, const Tensor& weight, const Tensor& target,
-                       const Tensor& seed_features, const std::optional<Tensor>& noise, int64_t,
+                       const std::optional<Tensor>& seeds, const std::optional<Tensor>& noise, int64_t,
                        double threshold, double eps, const Tensor& vectors, const Tensor& indices,
                        const Tensor& count, const Tensor& cam, const Tensor& cam32, const Tensor& extent) {
+  const Tensor& seed_features = seeds ? *seeds : features;
   check_target("fused_cam_seeds", target, weight.size(0));
   const CamFwd front =
       describe_cam_fwd(features, weight, target, std::nullopt, true, eps, cam, cam32, extent);

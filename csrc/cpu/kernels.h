@@ -181,6 +181,8 @@ struct LocalLevelLoss {
   const void* grad;                 // [], accumulation type; backward only
   void* grad_activations;           // as activations; backward only
   int64_t images, classes, pixels;  // background is one of the classes
+  int64_t ignored;                  // an image of this class adds 0
+  int64_t counted;                  // images of other classes
   int64_t tiles() const { return (pixels + kLossTile - 1) / kLossTile; }
 };
 

@@ -10,10 +10,14 @@
 namespace camkernels::cpu {
 namespace {
 
-void check_classes(const Tensor& target, int64_t classes) {
+// How many images count; each of them must have a class.
+int64_t count_images(const Tensor& target, int64_t classes, int64_t ignored) {
   const AnyArray labels = any_array(target);
+  int64_t counted = 0;
   for (int64_t i = 0; i < target.numel(); ++i) {
     const int64_t label = index_at(labels, i);
+    if (label == ignored) continue;
+    ++counted;
     if (label < 0 || label >= classes) {
       throw std::out_of_range("local_level_loss: target holds class " + std::to_string(label) +
                               "; activations has " + std::to_string(classes) +
@@ -21,6 +25,7 @@ void check_classes(const Tensor& target, int64_t classes) {
                               std::to_string(classes) + ")");
     }
   }
+  return counted;
 }
 
 // How many pixels of each mask are true.
@@ -36,12 +41,13 @@ std::vector<int64_t> count_attended(const Tensor& mask, int64_t pixels) {
 }
 
 template <typename Kernel>
-void run_tiles(const Tensor& activations, const Tensor& mask, const Tensor& target, LocalLevelLoss& p,
-               Kernel kernel) {
+void run_tiles(const Tensor& activations, const Tensor& mask, const Tensor& target, int64_t ignored,
+               LocalLevelLoss& p, Kernel kernel) {
   p.images = activations.size(0);
   p.classes = activations.size(1);
   p.pixels = activations.size(2) * activations.size(3);
-  check_classes(target, p.classes - 1);
+  p.ignored = ignored;
+  p.counted = count_images(target, p.classes - 1, ignored);
   const std::vector<int64_t> attended = count_attended(mask, p.pixels);
   p.activations = any_array(activations);
   p.mask = static_cast<const bool*>(mask.const_data_ptr());
@@ -54,18 +60,18 @@ void run_tiles(const Tensor& activations, const Tensor& mask, const Tensor& targ
 }  // namespace
 
 void local_level_loss_fwd_cpu(const Tensor& activations, const Tensor& mask, const Tensor& target,
-                              const Tensor& losses) {
+                              int64_t ignore_index, const Tensor& losses) {
   LocalLevelLoss p{};
   p.losses = losses.mutable_data_ptr();
-  run_tiles(activations, mask, target, p, kernels().local_level_loss_fwd);
+  run_tiles(activations, mask, target, ignore_index, p, kernels().local_level_loss_fwd);
 }
 
 void local_level_loss_bwd_cpu(const Tensor& activations, const Tensor& mask, const Tensor& target,
-                              const Tensor& grad, const Tensor& grad_activations) {
+                              const Tensor& grad, int64_t ignore_index, const Tensor& grad_activations) {
   LocalLevelLoss p{};
   p.grad = grad.const_data_ptr();
   p.grad_activations = grad_activations.mutable_data_ptr();
-  run_tiles(activations, mask, target, p, kernels().local_level_loss_bwd);
+  run_tiles(activations, mask, target, ignore_index, p, kernels().local_level_loss_bwd);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(camkernels_cpp, CPU, m) {

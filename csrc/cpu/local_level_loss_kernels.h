@@ -86,7 +86,7 @@ struct ImageLoss {
       : mask(p.mask + image * p.pixels),
         label(load_index(p.target, image)),
         share(static_cast<double>(p.attended[image]) / static_cast<double>(p.pixels)),
-        elements(static_cast<double>(p.pixels) * static_cast<double>(p.images)) {}
+        elements(static_cast<double>(p.pixels) * static_cast<double>(p.counted)) {}
   const bool* mask;
   int64_t label;
   double share;     // of the pixels, which are attended
@@ -101,6 +101,10 @@ void local_level_loss_fwd(const LocalLevelLoss& p, int64_t item_begin, int64_t i
     const int64_t image = item / p.tiles(), first = item % p.tiles() * kLossTile;
     const int64_t count = std::min(kLossTile, p.pixels - first);
     const ImageLoss shared(p, image);
+    if (shared.label == p.ignored) {  // whatever its activations are
+      static_cast<Real*>(p.losses)[item] = 0;
+      continue;
+    }
     tile.template load<false>(static_cast<const T*>(p.activations.data) + image * p.classes * p.pixels,
                               p.pixels, first, count);
     const Real *label_row = tile.row(shared.label), *background_row = tile.row(p.classes - 1);
@@ -126,6 +130,11 @@ void local_level_loss_bwd(const LocalLevelLoss& p, int64_t item_begin, int64_t i
     const int64_t count = std::min(kLossTile, p.pixels - first);
     const int64_t offset = image * p.classes * p.pixels;
     const ImageLoss shared(p, image);
+    if (shared.label == p.ignored) {
+      T* to = static_cast<T*>(p.grad_activations) + offset + first;
+      for (int64_t l = 0; l < p.classes; ++l) std::fill_n(to + l * p.pixels, count, T{});
+      continue;
+    }
     tile.template load<true>(static_cast<const T*>(p.activations.data) + offset, p.pixels, first, count);
     const Real in_mask = static_cast<Real>(grad * (1 - shared.share) / shared.elements);
     const Real out_of_mask = static_cast<Real>(grad * shared.share / shared.elements);

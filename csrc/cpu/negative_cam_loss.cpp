@@ -121,8 +121,8 @@ void sum_bias(const NegativeCamLoss& p, Real* grad_bias) {
 void negative_cam_loss_fwd_cpu(const Tensor& features, const Tensor& weight, const Tensor& target,
                                const std::optional<Tensor>& bias, const std::optional<Tensor>& logits,
                                int64_t, bool uniform, double level, double temperature, bool keep,
-                               const Tensor& losses, const Tensor& chosen, const Tensor& counts,
-                               const Tensor& kept, const Tensor& positive) {
+                               const Tensor& losses, const Tensor& positive, const Tensor& counts,
+                               const Tensor& chosen, const Tensor& kept) {
   NegativeCamLoss p = describe(features, weight, chosen, counts, uniform, temperature);
   const Targets targets = targets_of(target, p.classifier.classes);
   p.bias = any_array(bias);

@@ -5,9 +5,11 @@
 namespace camkernels::cuda {
 
 void cam_seeds_fwd_cuda(const Tensor& features, const Tensor& weight, const Tensor& target,
-                        const Tensor& seed_features, const std::optional<Tensor>& noise, int64_t num_seeds,
-                        double threshold, double eps, const Tensor& vectors, const Tensor& indices,
-                        const Tensor& count, const Tensor& cam, const Tensor& cam32, const Tensor& extent) {
+                        const std::optional<Tensor>& seeds, const std::optional<Tensor>& noise,
+                        int64_t num_seeds, double threshold, double eps, const Tensor& vectors,
+                        const Tensor& indices, const Tensor& count, const Tensor& cam, const Tensor& cam32,
+                        const Tensor& extent) {
+  const Tensor& seed_features = seeds ? *seeds : features;
   CamSeedsFwd call{};
   call.front = front_of(features, weight, target, eps, cam, cam32, extent);
   call.seed_features = seed_features.const_data_ptr();
