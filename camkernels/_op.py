@@ -253,14 +253,15 @@ def _nothing(a: Arguments) -> None:
 
 
 def is_plain(*values: Any) -> bool:
-    """Whether a call may bypass the dispatcher: nothing traces it, and its tensors are tensors and no more."""
+    """Whether a call may bypass the dispatcher: nothing traces it, and its tensors are tensors and no more, with
+    data."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None
         and all(
-            type(value) is Tensor or type(value) is torch.nn.Parameter
+            (type(value) is Tensor or type(value) is torch.nn.Parameter) and not value.is_meta
             for value in values
             if isinstance(value, Tensor)
         )
@@ -452,7 +453,7 @@ class Op:
         if torch.compiler.is_compiling():
             args, numbers = self._with_open_numbers(args)
         args = (*args, numbers, requested)
-        if not is_plain(*args) or first.device.type == "meta":
+        if not is_plain(*args):
             return self._public(self.forward.dispatched(*args))
         if needed or torch.autograd.forward_ad._current_level >= 0:
             return self._function.apply(*args)

@@ -60,7 +60,7 @@ MAKE: dict[str, Make] = {
     "seed_features": lambda case: replace(case, channels=3 * case.channels, seed=case.seed + 1).features(),
     "noise": lambda case: drawn(case, case.images, case.shape[0] * case.shape[1]).sigmoid(),
     "logits": lambda case: drawn(case, case.images, case.classes),
-    "maps": lambda case: case.features()[:, 0],
+    "maps": lambda case: case.features()[:, 0].contiguous(),
     "mask": lambda case: drawn(case, case.images, *case.shape) < -0.25,
     "activations": lambda case: replace(case, channels=case.classes).features(),
     "boxes": lambda case: BOXES[torch.arange(case.images) % 3].to(case.device),
@@ -201,5 +201,6 @@ def passes() -> Iterator[list[SimpleNamespace]]:
 
 def run_pass(op: _op._Pass, **arguments: Any) -> SimpleNamespace:
     """The results of a pass by name, for arguments by name."""
+    arguments = {"numbers": None, **arguments}
     assert set(arguments) == set(op.names), sorted(set(arguments) ^ set(op.names))
     return named(op, op.dispatched(*[arguments[name] for name in op.names]))
