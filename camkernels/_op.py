@@ -253,8 +253,8 @@ def _nothing(a: Arguments) -> None:
 
 
 def is_plain(*values: Any) -> bool:
-    """Whether a call may bypass the dispatcher: nothing traces it, and its tensors are tensors and no more, with
-    data."""
+    """Whether a call may bypass the dispatcher: nothing traces it, and its tensors are no more than tensors, but
+    have data."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
@@ -435,7 +435,6 @@ class Op:
 
     def __call__(self, function: str, *args: Any) -> Any:
         """The outputs, by the backend that was asked for; errors name ``function``."""
-        first = args[0]
         if self.by_reference(function, *[args[i] for i in self._decides]):
             return self._reference(*args)
         if torch._C._are_functorch_transforms_active():  # Dynamo traces the question

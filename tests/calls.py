@@ -180,27 +180,25 @@ def placed(calls: Sequence[Call], backends: Sequence[tuple[str, str]] = KERNEL_B
     return [pytest.param(*one, id=f"{one[0]}-{one[1]}") for one in found]
 
 
-def named(op: _op._Pass, found: Any) -> SimpleNamespace:
-    return SimpleNamespace(**dict(zip(op.results, as_tuple(found), strict=True)))
-
-
 @contextmanager
 def passes() -> Iterator[list[SimpleNamespace]]:
-    """What runs meanwhile: each pass as ``op``, its ``args``, and its ``results`` by name."""
+    """What runs meanwhile: each pass as ``op``, its ``args``, and ``values``, all that it reads and makes, by
+    name."""
     seen: list[SimpleNamespace] = []
-    run = _op._Pass.run
+    prepare = _op._Pass._prepared
 
-    def noted(op: _op._Pass, *args: Any) -> Any:
-        found = run(op, *args)
-        seen.append(SimpleNamespace(op=op, args=args, results=named(op, found)))
-        return found
+    def noted(op: _op._Pass, args: tuple[Any, ...]) -> SimpleNamespace:
+        seen.append(SimpleNamespace(op=op, args=args, values=prepare(op, args)))
+        return seen[-1].values
 
-    with mock.patch.object(_op._Pass, "run", noted):
+    with mock.patch.object(_op._Pass, "_prepared", noted):
         yield seen
 
 
 def run_pass(op: _op._Pass, **arguments: Any) -> SimpleNamespace:
-    """The results of a pass by name, for arguments by name."""
+    """The ``values`` of a pass, for arguments by name that no public function would let through."""
     arguments = {"numbers": None, **arguments}
     assert set(arguments) == set(op.names), sorted(set(arguments) ^ set(op.names))
-    return named(op, op.dispatched(*[arguments[name] for name in op.names]))
+    with passes() as seen:
+        op.run(*[arguments[name] for name in op.names])
+    return seen[0].values
