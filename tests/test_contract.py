@@ -84,7 +84,7 @@ def test_every_function_is_in_the_table():
     assert {call.name for call in CALLS} == functions
 
 
-@pytest.mark.parametrize("call, backend, device", placed(CALLS))
+@pytest.mark.parametrize("call, backend, device", placed(CALLS, FRONT))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_kernels_and_reference_agree(call, backend, device, dtype):
     """In values (how closely, each function's own tests say) and dtypes, and where a gradient goes."""
