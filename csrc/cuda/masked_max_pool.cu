@@ -40,7 +40,7 @@ void masked_max_pool_bwd_cuda(const Tensor& grad, const Tensor& mask, const Tens
   launch_masked_max_pool_bwd(launcher, call);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(camkernels_cpp, CUDA, m) {
+CAMKERNELS_CUDA_LIBRARY(m) {
   m.impl("masked_max_pool_fwd", TORCH_BOX(&masked_max_pool_fwd_cuda));
   m.impl("masked_max_pool_bwd", TORCH_BOX(&masked_max_pool_bwd_cuda));
 }

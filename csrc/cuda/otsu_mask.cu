@@ -18,7 +18,7 @@ void otsu_mask_fwd_cuda(const Tensor& maps, int64_t bins, const Tensor& mask, co
   launch_otsu_mask_fwd(launcher, call);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(camkernels_cpp, CUDA, m) {
+CAMKERNELS_CUDA_LIBRARY(m) {
   m.impl("otsu_mask_fwd", TORCH_BOX(&otsu_mask_fwd_cuda));
 }
 

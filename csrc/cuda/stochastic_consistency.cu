@@ -41,7 +41,7 @@ void stochastic_consistency_bwd_cuda(const Tensor& vectors, const Tensor& scale,
   launch_stochastic_consistency_bwd(launcher, call);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(camkernels_cpp, CUDA, m) {
+CAMKERNELS_CUDA_LIBRARY(m) {
   m.impl("stochastic_consistency_fwd", TORCH_BOX(&stochastic_consistency_fwd_cuda));
   m.impl("stochastic_consistency_bwd", TORCH_BOX(&stochastic_consistency_bwd_cuda));
 }
