@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from camkernels.ops.cam_seeds import _suits_cuda
 
 pytest_plugins = ["cuda_emulator.fixtures"]
 
+OPS = torch.ops.camkernels_emulated  # the bindings themselves
 LAYOUTS = ("contiguous", "channels_last", "offset")
 
 
@@ -207,8 +209,10 @@ def test_what_auto_leaves_to_cuda_fits_into_shared_memory(emulator, shape, num_s
     pixels = math.prod(shape)
     features, weight = planted(3, pixels, images=1, channels=8, dtype=torch.float16)
     features = features.view(1, 8, *shape)
-    assert _suits_cuda(features, num_seeds)
-    assert not _suits_cuda(torch.empty(1, 8, pixels + 3, 1), num_seeds + 3)
+    indices = torch.empty(1, num_seeds)
+    assert _suits_cuda(SimpleNamespace(features=features, indices=indices))
+    beyond = torch.empty(1, 8, pixels + 3, 1), torch.empty(1, num_seeds + 3)
+    assert not _suits_cuda(SimpleNamespace(features=beyond[0], indices=beyond[1]))
     emulator.set(threads=512, shared_limit=99 << 10)
     fused_cam_seeds(features, weight, torch.tensor([0]), num_seeds, sampling="first")
     (launch,) = emulator.launches()
@@ -333,7 +337,7 @@ def test_gradient_of_vectors(emulator, dtype, layout, shape, sizes, add):
         wanted = torch.where(hit, before.float() + wanted, before.float())
     buffer = lay_out(before.view(2, depth, *shape), layout)
     emulator.set(seed=num_seeds, threads=(64, 512)[add])
-    torch.ops.camkernels.cam_seeds_bwd(buffer, grads, indices, add, "cuda")
+    OPS.cam_seeds_bwd(grads, indices, add, buffer)
     assert emulator.kernels() == ["cam_seeds_bwd"]
     assert torch.equal(buffer.flatten(2), wanted.to(dtype))
 
@@ -344,7 +348,7 @@ def test_blocks_of_the_gradient_are_alike_and_small(emulator, shape, tiles):
     buffer = torch.empty(3, 40, *shape)
     indices = torch.zeros(3, 5, dtype=torch.int64)
     emulator.set(shared_limit=48 << 10, threads=512)
-    torch.ops.camkernels.cam_seeds_bwd(buffer, torch.ones(3, 5, 40), indices, False, "cuda")
+    OPS.cam_seeds_bwd(torch.ones(3, 5, 40), indices, False, buffer)
     (launched,) = emulator.launches()
     assert launched.blocks == 3 * 2 * tiles
     assert launched.shared <= (17 << 10) + 136 * -(-math.prod(shape) // tiles)
@@ -357,7 +361,7 @@ def test_adding_touches_pixels_of_seeds_only(emulator, add):
     # To add 0 to -0 makes it 0.
     buffer = torch.full((1, 2, 3, 3), -0.0 if add else torch.nan)
     buffer[..., 1, 1] = 1.0
-    torch.ops.camkernels.cam_seeds_bwd(buffer, torch.ones(1, 6, 2), indices, add, "cuda")
+    OPS.cam_seeds_bwd(torch.ones(1, 6, 2), indices, add, buffer)
     assert torch.equal(buffer[..., 1, 1], torch.full((1, 2), 3.0 if add else 2.0))
     others = buffer.flatten(2)[..., [0, 1, 2, 3, 5, 6, 7, 8]]
     assert not others.any()
