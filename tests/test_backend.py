@@ -22,6 +22,7 @@ from camkernels import (
     local_level_loss,
     masked_max_pool,
     otsu_mask,
+    stochastic_consistency,
     use_backend,
 )
 
@@ -34,6 +35,9 @@ WITHOUT_CUDA = {
     "local_level_loss": lambda: local_level_loss(IMAGES, MASK, CLASS),
     "attention_boxes": lambda: attention_boxes(MASK),
     "crop_and_zoom": lambda: crop_and_zoom(IMAGES, torch.tensor([[0.0, 0.0, 1.0, 1.0]]), 2),
+    "otsu_mask": lambda: otsu_mask(IMAGES),
+    "masked_max_pool": lambda: masked_max_pool(IMAGES, MASK),
+    "stochastic_consistency": lambda: stochastic_consistency(IMAGES[0][None, 0], CLASS),
 }
 
 
@@ -119,26 +123,6 @@ def test_a_backend_without_kernels_for_the_function_says_so(monkeypatch, op, eve
     message = f"^{function}: backend 'cuda' has no kernels for it; use one of auto, reference, cpu, triton$"
     with pytest.raises(RuntimeError, match=message):
         WITHOUT_CUDA[op]()
-
-
-@pytest.mark.parametrize(
-    "call", [lambda: otsu_mask(IMAGES), lambda: masked_max_pool(IMAGES, MASK)], ids=["otsu_mask", "pool"]
-)
-def test_auto_prefers_cuda_kernels_for_masks_and_pooling(monkeypatch, call):
-    """Where every backend serves."""
-    asked = []
-    monkeypatch.setattr(_backend, "why_not", lambda *question: None)
-    resolve = _backend.resolve
-    monkeypatch.setattr(
-        _backend,
-        "resolve",
-        lambda name, requested, device, dtype, *rest: asked.append(
-            resolve(name, requested, "cuda", dtype, *rest)
-        )
-        or "reference",
-    )
-    call()
-    assert asked == ["cuda"]
 
 
 def test_the_ops_of_such_a_function_say_so_themselves():

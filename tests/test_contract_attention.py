@@ -2,9 +2,10 @@
 
 from dataclasses import replace
 
+import cases
 import pytest
 import torch
-from cases import BACKENDS, DEVICE, GPU, KERNEL_BACKENDS, Case, without_cuda
+from cases import DEVICE, GPU, Case, without_cuda
 from torch.library import opcheck
 
 import camkernels
@@ -18,21 +19,17 @@ from camkernels import (
 )
 
 OPS = torch.ops.camkernels
-OTHER_BACKENDS = without_cuda(BACKENDS)
-OTHER_KERNELS = without_cuda(KERNEL_BACKENDS)
+BACKENDS = without_cuda(cases.BACKENDS)
+KERNEL_BACKENDS = without_cuda(cases.KERNEL_BACKENDS)
 CLASSIFIERS = 3
 BOXES = [[0.25, 0.1, 0.9, 0.6], [0.0, 0.0, 1.0, 1.0], [-0.2, 0.5, 0.3, 1.3]]  # one reaches beyond its image
-# Functions with a gradient, of which masked_max_pool alone has CUDA C++ kernels.
+# Functions with a gradient.
 DIFFERENTIABLE = ("fused_local_activations", "local_level_loss", "masked_max_pool", "crop_and_zoom")
 
 
 def placed(backends):
     """Each function with a gradient where it has kernels."""
-    return [
-        (function, backend, device)
-        for function in DIFFERENTIABLE
-        for backend, device in (backends if function == "masked_max_pool" else without_cuda(backends))
-    ]
+    return [(function, backend, device) for function in DIFFERENTIABLE for backend, device in backends]
 
 
 def small(device="cpu", **options):
@@ -111,7 +108,7 @@ def scale_results(inputs, function=scale):
     return with_grads(function(*inputs), inputs)
 
 
-@pytest.mark.parametrize("backend, device", OTHER_KERNELS)
+@pytest.mark.parametrize("backend, device", KERNEL_BACKENDS)
 @pytest.mark.parametrize("dtype, layout", [(torch.float32, "contiguous"), (torch.float16, "channels_last")])
 def test_opcheck_of_local_activations(backend, device, dtype, layout):
     case = small(device, images=2, classes=3, shape=(2, 3), dtype=dtype, layout=layout)
@@ -134,7 +131,7 @@ def test_opcheck_of_otsu_mask(backend, device, dtype):
     opcheck(OPS.otsu_mask_fwd.default, (maps, 4, backend))
 
 
-@pytest.mark.parametrize("backend, device", OTHER_KERNELS)
+@pytest.mark.parametrize("backend, device", KERNEL_BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_opcheck_of_local_level_loss(backend, device, dtype):
     case = small(device, images=2, shape=(3, 4), dtype=dtype)
@@ -154,7 +151,7 @@ def test_opcheck_of_masked_max_pool(backend, device, dtype, layout):
     opcheck(OPS.masked_max_pool_bwd.default, backward)
 
 
-@pytest.mark.parametrize("backend, device", OTHER_KERNELS)
+@pytest.mark.parametrize("backend, device", KERNEL_BACKENDS)
 @pytest.mark.parametrize("dtype, layout", [(torch.float32, "contiguous"), (torch.float16, "channels_last")])
 def test_opcheck_of_boxes_and_crops(backend, device, dtype, layout):
     case = small(device, images=2, channels=2, shape=(3, 4), dtype=dtype, layout=layout)
@@ -165,7 +162,7 @@ def test_opcheck_of_boxes_and_crops(backend, device, dtype, layout):
     opcheck(OPS.crop_and_zoom_bwd.default, (grad, boxes, 3, 4, backend))
 
 
-@pytest.mark.parametrize("backend, device", OTHER_BACKENDS)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 def test_attention_compiles_without_a_graph_break(backend, device):
     inputs = scale_inputs(small(device))
     torch.compiler.reset()
@@ -217,7 +214,7 @@ def test_attention_exports(dynamic):
         assert torch.equal(mine, exact)
 
 
-@pytest.mark.parametrize("backend, device", OTHER_BACKENDS)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_changes_nothing_around_attention(backend, device, dtype):
     inputs = scale_inputs(small(device, dtype=dtype, weight_dtype=torch.float32))
@@ -269,7 +266,7 @@ def test_results_around_attention_require_grad_only_where_an_input_does(function
             assert require_grad(leaves) == {False}
 
 
-@pytest.mark.parametrize("backend, device", OTHER_BACKENDS)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 def test_masks_and_boxes_have_no_gradient(backend, device):
     case = small(device, images=1)
     images, boxes = images_of(case).requires_grad_(), boxes_of(case).requires_grad_()
@@ -310,7 +307,7 @@ def test_output_gradients_around_attention_lie_anywhere(function, backend, devic
         assert all(torch.equal(a, b) for a, b in zip(grads(ones), grads(expanded), strict=True))
 
 
-@pytest.mark.parametrize("backend, device", OTHER_BACKENDS)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 def test_functions_around_attention_leave_their_inputs_alone(backend, device):
     case = small(device, maps="ties")
     inputs = scale_inputs(case)
@@ -342,8 +339,6 @@ def outputs_of(backend, device, case):
         *thresholds,
         OPS.masked_max_pool_bwd(like(pooled), mask, index, lies_last, backend),
     ]
-    if backend == "cuda":
-        return results
     forward = OPS.local_activations_fwd(features, weight, bias, True, backend)
     given = like(forward[0]), like(forward[1])
     kept = *forward[2:], True, True, True, backend
@@ -429,7 +424,7 @@ def test_what_is_kept_for_backward_around_attention(function, backend, device):
     assert sorted(found, key=str) == sorted(expected, key=str)
 
 
-@pytest.mark.parametrize("backend, device", OTHER_BACKENDS)
+@pytest.mark.parametrize("backend, device", BACKENDS)
 def test_no_image_at_all(backend, device):
     """Gradients of what all images share are 0, the others have no element."""
     case = small(device, images=0)
@@ -537,14 +532,10 @@ class TestAttentionOnAGpu:
             events = profile.events()
             return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in events)
 
-        for backend in ("triton", "cuda"):
-            pooled, index = OPS.masked_max_pool_fwd(features, mask, backend)
-            assert launches(lambda: OPS.masked_max_pool_fwd(features, mask, backend)) == 1  # noqa: B023
-            last = layout == "channels_last"
-            backward = (pooled, mask, index, last, backend)
-            assert launches(lambda: OPS.masked_max_pool_bwd(*backward)) == 1  # noqa: B023
-        maps = activations.view(-1, 30)
-        assert launches(lambda: OPS.otsu_mask_fwd(maps, 256, "cuda")) == 1
+        pooled, index = OPS.masked_max_pool_fwd(features, mask, "triton")
+        assert launches(lambda: OPS.masked_max_pool_fwd(features, mask, "triton")) == 1
+        backward = pooled, mask, index, layout == "channels_last", "triton"
+        assert launches(lambda: OPS.masked_max_pool_bwd(*backward)) == 1
         keep = True, "triton"
         assert launches(lambda: OPS.local_activations_fwd(features, weight, bias, *keep)) == 1
         assert launches(lambda: attention_boxes(mask)) == 1

@@ -23,7 +23,7 @@ def transform_losses(features: torch.Tensor, weight: torch.Tensor) -> None:
         ).backward()
 
 
-def seeds_and_their_consistency(features: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> None:
+def seeds_of_all_kinds(features: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> None:
     # More seeds than candidates, and fewer; from the features themselves, and from a layer of odd width.
     other = features.detach().repeat(1, 2, 1, 1)[:, 1:].contiguous(memory_format=memory_format(features))
     for num_seeds, sampling in ((3, "random"), (60, "random"), (5, "first")):
@@ -35,11 +35,6 @@ def seeds_and_their_consistency(features: torch.Tensor, weight: torch.Tensor, ta
                 retain_graph=True
             )
             seeds.vectors.float().sum().backward()  # without a gradient to the map
-            for squared in (True, False):
-                vectors = seeds.vectors.detach().requires_grad_()
-                camkernels.stochastic_consistency(
-                    vectors, torch.zeros_like(target), squared=squared
-                ).backward()
 
 
 def seeds_of_a_large_map(layout: torch.memory_format) -> None:
@@ -49,13 +44,6 @@ def seeds_of_a_large_map(layout: torch.memory_format) -> None:
     for num_seeds in (3, 300):
         seeds = camkernels.fused_cam_seeds(features, weight, torch.tensor([1], device="cuda"), num_seeds)
         (seeds.vectors.square().sum() + seeds.cam.square().sum()).backward()
-
-
-def masks_and_pools(features: torch.Tensor) -> None:
-    maps = features.detach()[:, 0]
-    for bins in (2, 256, 4096):
-        mask, _ = camkernels.otsu_mask(maps, bins=bins)
-        camkernels.masked_max_pool(features, mask).float().square().sum().backward()
 
 
 def main() -> None:
@@ -80,8 +68,7 @@ def main() -> None:
                 (erased.float().sum() + cam.float().square().sum()).backward()
             transform_losses(features, weight)
             transform_losses(features, weight.repeat(14, 1))
-            seeds_and_their_consistency(features, weight, target)
-            masks_and_pools(features)
+            seeds_of_all_kinds(features, weight, target)
             for classes in (target, target[:, None].expand(2, 3).contiguous(), None):
                 camkernels.fused_cam(features, weight, classes).float().square().sum().backward()
         for layout in layouts:
