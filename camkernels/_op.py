@@ -253,14 +253,15 @@ def _nothing(a: Arguments) -> None:
 
 
 def is_plain(*values: Any) -> bool:
-    """Whether a call may bypass the dispatcher: nothing traces it, and its tensors are tensors and no more."""
+    """Whether a call may bypass the dispatcher: nothing traces it, and its tensors are no more than tensors, but
+    have data."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None
         and all(
-            type(value) is Tensor or type(value) is torch.nn.Parameter
+            (type(value) is Tensor or type(value) is torch.nn.Parameter) and not value.is_meta
             for value in values
             if isinstance(value, Tensor)
         )
@@ -434,7 +435,6 @@ class Op:
 
     def __call__(self, function: str, *args: Any) -> Any:
         """The outputs, by the backend that was asked for; errors name ``function``."""
-        first = args[0]
         if self.by_reference(function, *[args[i] for i in self._decides]):
             return self._reference(*args)
         if torch._C._are_functorch_transforms_active():  # Dynamo traces the question
@@ -452,7 +452,7 @@ class Op:
         if torch.compiler.is_compiling():
             args, numbers = self._with_open_numbers(args)
         args = (*args, numbers, requested)
-        if not is_plain(*args) or first.device.type == "meta":
+        if not is_plain(*args):
             return self._public(self.forward.dispatched(*args))
         if needed or torch.autograd.forward_ad._current_level >= 0:
             return self._function.apply(*args)

@@ -60,7 +60,7 @@ MAKE: dict[str, Make] = {
     "seed_features": lambda case: replace(case, channels=3 * case.channels, seed=case.seed + 1).features(),
     "noise": lambda case: drawn(case, case.images, case.shape[0] * case.shape[1]).sigmoid(),
     "logits": lambda case: drawn(case, case.images, case.classes),
-    "maps": lambda case: case.features()[:, 0],
+    "maps": lambda case: case.features()[:, 0].contiguous(),
     "mask": lambda case: drawn(case, case.images, *case.shape) < -0.25,
     "activations": lambda case: replace(case, channels=case.classes).features(),
     "boxes": lambda case: BOXES[torch.arange(case.images) % 3].to(case.device),
@@ -98,7 +98,7 @@ class Call:
         return {name: x.requires_grad_(name in self.leaves) for name, x in made.items()}
 
     def bound(self, case: Case) -> Callable[..., Any]:
-        """The function of its tensors alone, by name."""
+        """The function, of tensors by name alone."""
         options = {**self.options, **SIZED.get(self.name, lambda _: {})(case)}
         if self.variant == "affine":
             options["transform"] = Affine(options["transform"].matrix.to(case.device))
@@ -182,21 +182,23 @@ def placed(calls: Sequence[Call], backends: Sequence[tuple[str, str]] = KERNEL_B
 
 @contextmanager
 def passes() -> Iterator[list[SimpleNamespace]]:
-    """What runs meanwhile: each pass as ``op``, its ``args``, and its ``results`` by name."""
+    """What runs meanwhile: each pass as ``op``, its ``args``, and ``values``, all that it reads and makes, by
+    name."""
     seen: list[SimpleNamespace] = []
-    run = _op._Pass.run
+    prepare = _op._Pass._prepared
 
-    def noted(self: _op._Pass, *args: Any) -> Any:
-        found = run(self, *args)
-        seen.append(SimpleNamespace(op=self, args=args, results=dict(zip(self.results, as_tuple(found), strict=False))))
-        return found
+    def noted(op: _op._Pass, args: tuple[Any, ...]) -> SimpleNamespace:
+        seen.append(SimpleNamespace(op=op, args=args, values=prepare(op, args)))
+        return seen[-1].values
 
-    with mock.patch.object(_op._Pass, "run", noted):
+    with mock.patch.object(_op._Pass, "_prepared", noted):
         yield seen
 
 
 def run_pass(op: _op._Pass, **arguments: Any) -> SimpleNamespace:
-    """The results of a pass by name, for arguments by name."""
+    """The ``values`` of a pass, for arguments by name that no public function would let through."""
+    arguments = {"numbers": None, **arguments}
     assert set(arguments) == set(op.names), sorted(set(arguments) ^ set(op.names))
-    found = as_tuple(op.dispatched(*[arguments[name] for name in op.names]))
-    return SimpleNamespace(**dict(zip(op.results, found, strict=True)))
+    with passes() as seen:
+        op.run(*[arguments[name] for name in op.names])
+    return seen[0].values

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from calls import passes
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -195,14 +196,20 @@ def test_cost_of_negative_cam_loss_counts_its_tensors(row, variant):
     assert bench.cost(row, variant, torch.float32, "backward") == measure.Cost(read + written, 2 * product)
 
 
+def made_by(bench, row, variant):
+    """What the forward pass of a benchmark's function reads and makes, by name."""
+    inputs = bench.make(row, variant, torch.float32, torch.Generator().manual_seed(0))
+    with passes() as seen:
+        bench.OP.fused(*inputs.args, **inputs.options)
+    return seen[0].values
+
+
 @pytest.mark.parametrize("row, variant", NEGATIVE_VARIANTS)
 def test_kept_bytes_are_what_the_negatives_keep(row, variant):
-    inputs = bench_negative_cam_loss.make(row, variant, torch.float32, torch.Generator().manual_seed(0))
-    features, weight, bias, target, *_ = (tensor.to("meta") for tensor in inputs.args)
-    _, chosen, counts, kept, _ = torch.ops.camkernels.negative_cam_loss_fwd(
-        features, weight, target, bias, None, row["k"], variant == "uniform", 0.0, 1.0, True, "auto"
+    made = made_by(bench_negative_cam_loss, row, variant)
+    assert bench_negative_cam_loss.kept_bytes(row) == measure.tensor_bytes(
+        [made.chosen, made.counts, made.kept]
     )
-    assert bench_negative_cam_loss.kept_bytes(row) == measure.tensor_bytes([chosen, counts, kept])
 
 
 @pytest.mark.parametrize("variant", maps.LAYOUTS)
@@ -245,28 +252,18 @@ def test_operations_of_local_activations():
 
 
 def test_kept_bytes_of_attention_are_what_the_ops_make():
-    def meta(bench):
-        inputs = bench.make(LOCAL, "contiguous", torch.float32, torch.Generator().manual_seed(0))
-        return [tensor.to("meta") for tensor in inputs.args]
-
-    ops = torch.ops.camkernels
-    *_, winner, attention_class = ops.local_activations_fwd(*meta(bench_local_activations), True, "auto")
-    kept = measure.tensor_bytes([winner, attention_class])
-    assert bench_local_activations.kept_bytes(LOCAL) == kept
-    losses = ops.local_level_loss_fwd(*meta(bench_local_level_loss), -100, "auto")
-    assert bench_local_level_loss.kept_bytes(LOCAL) == measure.tensor_bytes([losses])
-    _, index = ops.masked_max_pool_fwd(*meta(bench_masked_max_pool), "auto")
-    assert bench_masked_max_pool.kept_bytes(LOCAL) == measure.tensor_bytes([index])
+    for bench, names in (
+        (bench_local_activations, ["winner", "attention_class"]),
+        (bench_local_level_loss, ["losses"]),
+        (bench_masked_max_pool, ["index"]),
+    ):
+        made = made_by(bench, LOCAL, "contiguous")
+        assert bench.kept_bytes(LOCAL) == measure.tensor_bytes([getattr(made, name) for name in names])
 
 
 @pytest.mark.parametrize("row, variant", PAIR_VARIANTS)
 def test_kept_bytes_are_what_the_op_keeps(row, variant):
-    inputs = bench_cam_transform_mse.make(row, variant, torch.float32, torch.Generator().manual_seed(0))
-    features, features_t, weight = (tensor.to("meta") for tensor in inputs.args)
-    comparison = {"nearest": 1, "bilinear": 2}.get(variant, 0)
-    _, kept = torch.ops.camkernels.cam_transform_mse_fwd(
-        features, features_t, weight, None, [], [], comparison, True, "auto"
-    )
+    kept = made_by(bench_cam_transform_mse, row, variant).kept
     assert bench_cam_transform_mse.kept_bytes(row) == measure.tensor_bytes([kept])
 
 

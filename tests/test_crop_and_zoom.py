@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from calls import run_pass
 from cases import (
     BACKENDS,
     DEVICE,
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 
 import camkernels
 from camkernels import _C, crop_and_zoom
+from camkernels.ops.crop_and_zoom import CROP_AND_ZOOM
 
 everywhere = pytest.mark.parametrize(("backend", "device"), without_cuda(BACKENDS))
 on_kernels = pytest.mark.parametrize(("backend", "device"), without_cuda(KERNEL_BACKENDS))
@@ -156,8 +158,10 @@ def test_a_box_that_is_none_gives_nan(backend, device):
     boxes[range(3, 7), range(4)] = torch.nan
     boxes[range(7, 11), range(4)] = torch.tensor([-torch.inf, -torch.inf, torch.inf, torch.inf])
     boxes = boxes.to(device)
-    zoomed = torch.ops.camkernels.crop_and_zoom_fwd(images, boxes, 2, 3, backend)
-    grad = torch.ops.camkernels.crop_and_zoom_bwd(torch.ones_like(zoomed), boxes, 3, 4, backend)
+    both = {"boxes": boxes, "backend": backend}
+    zoomed = run_pass(CROP_AND_ZOOM.forward, images=images, height=2, width=3, **both).zoomed
+    size = {"height": 3, "width": 4, "channels_last": False}
+    grad = run_pass(CROP_AND_ZOOM.backward, grad_zoomed=torch.ones_like(zoomed), **size, **both).grad_images
     by_definition = camkernels.reference.crop_and_zoom(images, boxes, (2, 3))
     for result in (zoomed, grad, by_definition):
         assert result[0].isfinite().all()

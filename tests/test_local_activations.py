@@ -1,9 +1,8 @@
 """fused_local_activations: values and gradients against float64, with the winners that the kernels chose."""
 
-from dataclasses import replace
-
 import pytest
 import torch
+from calls import passes
 from cases import (
     BACKENDS,
     DEVICE,
@@ -55,12 +54,10 @@ def volume_of(features, weight, bias):
 
 def winners_of(backend, features, weight, bias):
     """What the kernel kept for backward: [N, L + 1, H, W] and [N, H, W], int64 on the CPU."""
-    with camkernels.use_backend(backend):
-        *_, winner, attention_class = torch.ops.camkernels.local_activations_fwd(
-            features, weight, bias, True, backend
-        )
-    assert winner.dtype == torch.uint8
-    return winner.cpu().long(), attention_class.cpu().long()
+    with camkernels.use_backend(backend), passes() as seen:
+        fused_local_activations(features, weight.detach().requires_grad_(), bias)
+    assert seen[0].values.winner.dtype == torch.uint8
+    return [x.cpu().long() for x in (seen[0].values.winner, seen[0].values.attention_class)]
 
 
 def of_winners(winner, attention_class):
@@ -349,32 +346,3 @@ def test_no_volume_of_all_classifiers_is_held(backend, device):
             lambda: torch.autograd.grad(activations, [features, weight], upstream), device
         )
         assert backward <= 1.05 * 4 * (features.numel() + weight.numel())
-
-
-@on_kernels
-def test_without_gradient_no_winner_is_kept(backend, device):
-    case = Case(device=device, shape=(3, 3), channels=5)
-    features, weight = case.features(), weight_of(case)
-    with camkernels.use_backend(backend):
-        for keep in (False, True):
-            *_, winner, attention_class = torch.ops.camkernels.local_activations_fwd(
-                features, weight, None, keep, backend
-            )
-            assert (winner.numel() > 0, attention_class.numel() > 0) == (keep, keep)
-        leaf = weight.requires_grad_()
-        with torch.no_grad():
-            plain = fused_local_activations(features, leaf)
-        kept = fused_local_activations(features, leaf)
-    assert all(torch.equal(a, b) for a, b in zip(plain, kept, strict=True))
-    assert not plain.activations.requires_grad
-
-
-@on_kernels
-def test_no_images(backend, device):
-    case = replace(Case(device=device), images=0)
-    found = run(backend, fused_local_activations, [case.features(), weight_of(case), bias_of(case)])
-    assert found.values[0].shape == (0, 6, 7, 7)
-    assert found.values[1].shape == (0, 7, 7)
-    assert found.grads[0].shape == case.features().shape
-    assert not found.grads[1].any()
-    assert not found.grads[2].any()

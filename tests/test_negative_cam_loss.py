@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from calls import passes
 from cases import (
     BACKENDS,
     DEVICE,
@@ -243,10 +244,11 @@ def chosen_by_op(backend, keys, target, num_negatives):
     images, classes = keys.shape
     features = torch.ones(images, 2, 1, 2, device=keys.device)
     weight = torch.ones(classes, 2, device=keys.device)
-    _, chosen, counts, _, _ = torch.ops.camkernels.negative_cam_loss_fwd(
-        features, weight, target, None, keys, num_negatives, False, 0.0, 1.0, False, backend
-    )
-    return [row[:count] for row, count in zip(chosen.tolist(), counts.tolist(), strict=True)], chosen
+    with camkernels.use_backend(backend), passes() as seen:
+        fused_negative_cam_loss(features, weight, target, logits=keys, num_negatives=num_negatives)
+    found = seen[0].values
+    lists = zip(found.chosen.tolist(), found.counts.tolist(), strict=True)
+    return [row[:count] for row, count in lists], found.chosen
 
 
 HARD_KEYS = {

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from calls import passes
 from cases import LAYOUTS, Case, as_double, as_plain
 from closeness import assert_as_close_as
 from hypothesis import assume, given, settings
@@ -311,11 +312,11 @@ def test_local_activations_of_any_shape(
     shuffled = [features, weight[order], *(b[order] for b in bias)]
     winners = []
     for arguments in ([features, weight, *bias], shuffled):
-        op = torch.ops.camkernels.local_activations_fwd
-        results = op(*arguments, *([] if with_bias else [None]), True, "cpu")
-        assert torch.equal(results[0], activations)
-        assert torch.equal(results[1], attention)
-        winners.append(results[2].long())
+        with camkernels.use_backend("cpu"), passes() as seen:
+            results = fused_local_activations(arguments[0].requires_grad_(), *arguments[1:])
+        assert torch.equal(results.activations, activations)
+        assert torch.equal(results.attention, attention)
+        winners.append(seen[0].values.winner.long())
     volume = torch.einsum("nchw,klc->nklhw", features.float(), weight.float())
     volume = volume + (bias[0].float()[..., None, None] if bias else 0)
     alone = (volume == volume.amax(1, keepdim=True)).sum(1) == 1

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from calls import passes
 from cases import (
     BACKENDS,
     DEVICE,
@@ -223,37 +224,19 @@ def test_deterministic_and_everything_is_written(backend, device, squared):
 @pytest.mark.parametrize("backend, device", without_cuda(KERNEL_BACKENDS))
 @may_hold_infinities
 @pytest.mark.parametrize("squared", [True, False])
-def test_groups_in_the_words_of_the_kernels(backend, device, squared):
-    """Per place in the order: squared, the whole group at its first; plain, with those that follow."""
-    vectors = vectors_of((5, 2, 4), device)
-    order, begin, end = (
-        torch.tensor(x, device=device) for x in ([3, 0, 2, 4, 1], [0, 0, 0, 3, 4], [3, 3, 3, 4, 5])
-    )
-    found = torch.ops.camkernels.stochastic_consistency_fwd(vectors, order, begin, end, squared, backend)
-    expected = torch.zeros(5, 2)
-    group = [3, 0, 2]
-    for place, image in enumerate(group):
-        for other in group[place + 1 :]:
-            apart = (vectors[image] - vectors[other]).cpu().square().sum(-1)
-            expected[0 if squared else place] += apart if squared else apart.sqrt()
-    assert found.dtype == torch.float32
-    assert torch.allclose(found.cpu(), expected, rtol=1e-5)
-    assert not found[3:].any()
-    # An image alone has no gradient, whatever comes from above.
-    scale = torch.tensor(math.inf, device=device)
-    grads = torch.ops.camkernels.stochastic_consistency_bwd(
-        vectors, scale, order, begin, end, squared, backend
-    )
-    assert not grads[[4, 1]].any()
-
-
-@pytest.mark.parametrize("backend, device", without_cuda(BACKENDS))
-def test_inputs_are_left_alone(backend, device):
-    vectors, target = vectors_of((6, 2, 5), device), target_of(6, device)
-    before = vectors.clone(), target.clone()
-    run(backend, lambda v: stochastic_consistency(v, target), [vectors])
-    assert torch.equal(vectors, before[0])
-    assert torch.equal(target, before[1])
+def test_groups_of_one_class(backend, device, squared):
+    """Each image once, those of a class next to each other. One alone has no gradient, whatever comes from
+    above."""
+    vectors, classes = vectors_of((5, 2, 4), device).requires_grad_(), [7, -1, 7, 7, 2**40]
+    with camkernels.use_backend(backend), passes() as seen:
+        loss = stochastic_consistency(vectors, torch.tensor(classes, device=device), squared=squared)
+    order, begin, end = (getattr(seen[0].values, name).tolist() for name in ("order", "begin", "end"))
+    assert sorted(order) == [0, 1, 2, 3, 4]
+    for place, image in enumerate(order):
+        same = [other for other in range(5) if classes[other] == classes[image]]
+        assert sorted(order[begin[place] : end[place]]) == same
+    (grad,) = torch.autograd.grad(loss, vectors, torch.tensor(math.inf, device=device))
+    assert not grad[[4, 1]].any()
 
 
 @pytest.mark.parametrize("pairs, squared", OPTIONS)

@@ -4,14 +4,19 @@ Values and gradients of every op on this backend are compared in the op's own fi
 """
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
+from calls import passes, run_pass
 from cases import may_hold_infinities
 from closeness import assert_as_close_as
 
 import camkernels
 from camkernels import _backend, reference
+from camkernels.ops.local_activations import LOCAL_ACTIVATIONS
+from camkernels.ops.local_level_loss import LOCAL_LEVEL_LOSS
+from camkernels.ops.negative_cam_loss import NEGATIVE_CAM_LOSS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -385,6 +390,26 @@ def test_negatives_of_equal_logits_next_to_each_other():
         assert torch.equal(found, expected_negatives(logits, shown, num_negatives))
 
 
+def negatives(
+    features: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    logits: torch.Tensor | None,
+    uniform: bool,
+) -> SimpleNamespace:
+    """What the forward pass reads and fills; it checks nothing."""
+    tensors = {"features": features, "weight": weight, "target": target, "bias": None, "logits": logits}
+    options = {"num_negatives": 3, "uniform": uniform, "level": 0.0, "temperature": 1.0, "keep": True}
+    return run_pass(NEGATIVE_CAM_LOSS.forward, **tensors, **options, backend="triton")
+
+
+def gradients_of_negatives(found: SimpleNamespace, grad: float) -> SimpleNamespace:
+    op = NEGATIVE_CAM_LOSS.backward
+    needs = {"need_features": True, "need_weight": True, "need_bias": True}
+    known = {**vars(found), **needs, "grad_loss": torch.tensor(grad, device=DEVICE)}
+    return run_pass(op, **{name: known[name] for name in op.names})
+
+
 @pytest.mark.parametrize("target", [-1, 99])
 @pytest.mark.parametrize("size", [7, 17], ids=["one block", "several blocks"])
 @pytest.mark.parametrize("uniform", [False, True], ids=["mse", "uniform"])
@@ -392,24 +417,19 @@ def test_kernels_make_the_loss_of_no_class_nan(target, size, uniform):
     """The ops themselves, which check nothing."""
     features, weight, label = inputs((2, 12, size, size))
     label[0] = target
-    losses, chosen, counts, kept, positive = torch.ops.camkernels.negative_cam_loss_fwd(
-        features, weight, label, None, None, 3, uniform, 0.0, 1.0, True, "triton"
-    )
-    assert losses[0].isnan().all()
-    assert kept[0].isnan().all()
-    assert losses[1].isfinite().all()
-    assert kept[1].isfinite().all()
-    assert chosen[0].tolist() == [5, 5, 5]
-    assert counts.tolist() == [3, 3]
-    assert positive[0].tolist() == [0, 0, 0]
-    grad = torch.ones((), device=DEVICE)
-    grad_features, grad_weight, grad_bias = torch.ops.camkernels.negative_cam_loss_bwd(
-        features, weight, grad, chosen, counts, kept, uniform, 1.0, True, True, True, "triton"
-    )
-    assert grad_features[0].isnan().all()
-    assert grad_features[1].isfinite().all()
-    assert grad_weight.isfinite().all()
-    assert grad_bias.isfinite().all()
+    found = negatives(features, weight, label, None, uniform)
+    assert found.losses[0].isnan().all()
+    assert found.kept[0].isnan().all()
+    assert found.losses[1].isfinite().all()
+    assert found.kept[1].isfinite().all()
+    assert found.chosen[0].tolist() == [5, 5, 5]
+    assert found.counts.tolist() == [3, 3]
+    assert found.positive[0].tolist() == [0, 0, 0]
+    grads = gradients_of_negatives(found, 1.0)
+    assert grads.grad_features[0].isnan().all()
+    assert grads.grad_features[1].isfinite().all()
+    assert grads.grad_weight.isfinite().all()
+    assert grads.grad_bias.isfinite().all()
 
 
 @pytest.mark.parametrize("programs", [1, 128], ids=["few programs", "many programs"])
@@ -476,24 +496,19 @@ def test_slots_without_a_class_add_nothing():
     target = torch.tensor([[True, True, True], [True, False, True]], device=DEVICE)
     logits = torch.zeros((2, 3), device=DEVICE)
     for uniform in (False, True):
-        losses, chosen, counts, kept, positive = torch.ops.camkernels.negative_cam_loss_fwd(
-            features, weight, target, None, logits, 3, uniform, 0.0, 1.0, True, "triton"
-        )
-        assert chosen.tolist() == [[-1, -1, -1], [1, -1, -1]]
-        assert counts.tolist() == [0, 1]
-        assert positive.tolist() == [[0, 0, 0], [4, 0, 0]]
-        assert losses.tolist() == [[0, 0, 0], [0.0 if uniform else 18.0, 0, 0]]
-        assert not kept[0].any()
-        assert not kept[1, 1:].any()
+        found = negatives(features, weight, target, logits, uniform)
+        assert found.chosen.tolist() == [[-1, -1, -1], [1, -1, -1]]
+        assert found.counts.tolist() == [0, 1]
+        assert found.positive.tolist() == [[0, 0, 0], [4, 0, 0]]
+        assert found.losses.tolist() == [[0, 0, 0], [0.0 if uniform else 18.0, 0, 0]]
+        assert not found.kept[0].any()
+        assert not found.kept[1, 1:].any()
         for value in (1.0, torch.nan):
-            grad_features, grad_weight, grad_bias = torch.ops.camkernels.negative_cam_loss_bwd(
-                *(features, weight, torch.tensor(value, device=DEVICE), chosen, counts, kept),
-                *(uniform, 1.0, True, True, True, "triton"),
-            )
-            assert not grad_features[0].any()
-            assert not grad_weight[::2].any()
-            assert not grad_bias[::2].any()
-            assert grad_weight[1].isnan().all() == (value != value)
+            grads = gradients_of_negatives(found, value)
+            assert not grads.grad_features[0].any()
+            assert not grads.grad_weight[::2].any()
+            assert not grads.grad_bias[::2].any()
+            assert grads.grad_weight[1].isnan().all() == (value != value)
 
 
 @pytest.mark.parametrize(
@@ -537,11 +552,12 @@ def test_equal_activations_of_several_products(value):
     """More classifiers than one product takes, and more classes: of equal ones the first still wins."""
     weight = torch.zeros((18, 20, 2), device=DEVICE)
     weight[1:, 3:] = value
-    *_, winner, attention_class = torch.ops.camkernels.local_activations_fwd(
-        torch.ones((1, 2, 1, 3), device=DEVICE), weight, None, True, "triton"
-    )
-    assert winner[0, :, 0, 0].tolist() == [0] * 3 + [1] * 17
-    assert attention_class.tolist() == [[[3, 3, 3]]]
+    with camkernels.use_backend("triton"), passes() as seen:
+        camkernels.fused_local_activations(
+            torch.ones((1, 2, 1, 3), device=DEVICE, requires_grad=True), weight
+        )
+    assert seen[0].values.winner[0, :, 0, 0].tolist() == [0] * 3 + [1] * 17
+    assert seen[0].values.attention_class.tolist() == [[[3, 3, 3]]]
 
 
 @may_hold_infinities
@@ -565,14 +581,19 @@ def test_what_did_not_win_adds_nothing(dtype):
         torch.where(won, grad[..., None], 0.0).sum((0, 2, 3)).T,
     ]
     assert 0 < expected[1].isnan().sum() <= 2
-    found = torch.ops.camkernels.local_activations_bwd(
-        *(x.to(DEVICE, dtype) for x in (features, weight, grad)),
-        None,
-        winner.to(DEVICE, torch.uint8),
-        torch.zeros((2, 3, 7), dtype=torch.int32, device=DEVICE),
-        *(True, True, True, "triton"),
+    floats = {"features": features, "weight": weight, "grad_activations": grad}
+    found = run_pass(
+        LOCAL_ACTIVATIONS.backward,
+        **{name: x.to(DEVICE, dtype) for name, x in floats.items()},
+        grad_attention=None,
+        winner=winner.to(DEVICE, torch.uint8),
+        attention_class=torch.zeros((2, 3, 7), dtype=torch.int32, device=DEVICE),
+        need_features=True,
+        need_weight=True,
+        need_bias=True,
+        backend="triton",
     )
-    for value, exact in zip(found, expected, strict=True):
+    for value, exact in zip((found.grad_features, found.grad_weight, found.grad_bias), expected, strict=True):
         torch.testing.assert_close(value.cpu().double(), exact, rtol=0, atol=0, equal_nan=True)
 
 
@@ -635,9 +656,11 @@ def test_kernels_make_the_local_loss_of_no_class_nan(target):
     mask = torch.zeros((2, 3, 3), dtype=torch.bool, device=DEVICE)
     mask[:, 0] = True
     label = torch.tensor([target, 3], device=DEVICE)
-    losses = torch.ops.camkernels.local_level_loss_fwd(activations, mask, label, -100, "triton")
-    grad = torch.ones((), device=DEVICE)
-    grads = torch.ops.camkernels.local_level_loss_bwd(activations, mask, label, grad, -100, "triton")
+    tensors = {"activations": activations, "mask": mask, "target": label}
+    options = {"ignore_index": -100, "backend": "triton"}
+    losses = run_pass(LOCAL_LEVEL_LOSS.forward, **tensors, **options).losses
+    tensors["grad_loss"] = torch.ones((), device=DEVICE)
+    grads = run_pass(LOCAL_LEVEL_LOSS.backward, **tensors, **options).grad_activations
     for result in (losses, grads):
         assert result[0].isnan().all()
         assert result[1].isfinite().all()
