@@ -139,7 +139,7 @@ def triton_error() -> str | None:
 
 def _interpreted() -> bool:
     """Whether the loaded Triton runs its kernels in its interpreter, that is on CPU tensors."""
-    triton = sys.modules["triton"]
+    triton = importlib.import_module("triton")
     return not isinstance(triton.language.sum, triton.JITFunction)
 
 
@@ -154,7 +154,7 @@ def _interpreter_error() -> str | None:
             return reason
         if _interpreted():
             return None
-        if sys.modules["triton"].knobs.runtime.interpret:
+        if importlib.import_module("triton").knobs.runtime.interpret:
             came = f"TRITON_INTERPRET is {asked!r}, but was not when triton was imported; "
         elif asked != "":
             came = f"TRITON_INTERPRET is {asked!r}, which Triton takes for no; "
