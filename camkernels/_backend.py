@@ -353,7 +353,7 @@ class use_backend:  # noqa: N801  (reads as a function, as torch.no_grad does)
     def __enter__(self) -> None:
         level = _choices.levels[-1]
         if level.set_by is self:  # nobody chose since: the block begins before this object was made
-            level.name, level.set_by = self._before, None
+            level.name = self._before
         _choices.levels.append(_Level(self._name, self))
         _choices.apply()
 

@@ -124,9 +124,11 @@ def test_the_doctor_says_when_gpus_do_not_answer(two_gpus, monkeypatch, capsys):
     assert "auto on cpu: cpu" in said
 
 
-@pytest.mark.skipif(GPU, reason="with GPUs the process finds some")
-def test_the_process_that_asks_gpus_finds_this_package(two_gpus):
-    assert __main__._gpus() == []
+def test_the_process_that_asks_gpus_finds_this_package(two_gpus, monkeypatch):
+    """And not another one that is installed."""
+    tell = "import camkernels; print(json.dumps([camkernels.__file__, callable(report_gpus)]))"
+    monkeypatch.setattr(__main__, "_ASK_GPUS", __main__._ASK_GPUS.replace("report_gpus()", tell))
+    assert __main__._gpus() == [camkernels.__file__, True]
 
 
 def test_the_report_of_each_gpu(two_gpus, monkeypatch, capsys):

@@ -75,8 +75,10 @@ def test_one_object_nested_in_itself():
     chosen = use_backend("reference")
     use_backend("cpu")
     with chosen:
-        with chosen, use_backend("auto"), chosen:
-            assert _backend.setting() == "reference"
+        with chosen, use_backend("auto"):
+            with chosen:
+                assert _backend.setting() == "reference"
+            assert _backend.setting() == "auto"
         assert _backend.setting() == "reference"
     assert _backend.setting() == "cpu"
 
