@@ -279,7 +279,7 @@ class _Level:
     def __init__(self, name: str | None, block: "use_backend | None" = None) -> None:
         self.name = name  # None: the thread chose nothing
         self.block = block
-        self.set_by: use_backend | None = None  # the object whose making gave ``name``
+        self.set_by: use_backend | None = None  # the object that was made last in this level
 
 
 class _Choices(threading.local):
