@@ -139,7 +139,7 @@ def triton_error() -> str | None:
 
 def _interpreted() -> bool:
     """Whether the loaded Triton runs its kernels in its interpreter, that is on CPU tensors."""
-    triton = sys.modules["triton"]
+    triton = importlib.import_module("triton")
     return not isinstance(triton.language.sum, triton.JITFunction)
 
 
@@ -154,7 +154,7 @@ def _interpreter_error() -> str | None:
             return reason
         if _interpreted():
             return None
-        if sys.modules["triton"].knobs.runtime.interpret:
+        if importlib.import_module("triton").knobs.runtime.interpret:
             came = f"TRITON_INTERPRET is {asked!r}, but was not when triton was imported; "
         elif asked != "":
             came = f"TRITON_INTERPRET is {asked!r}, which Triton takes for no; "
@@ -279,7 +279,7 @@ class _Level:
     def __init__(self, name: str | None, block: "use_backend | None" = None) -> None:
         self.name = name  # None: the thread chose nothing
         self.block = block
-        self.set_by: use_backend | None = None  # the object whose making gave ``name``
+        self.set_by: use_backend | None = None  # the object that was made last in this level
 
 
 class _Choices(threading.local):
@@ -353,7 +353,7 @@ class use_backend:  # noqa: N801  (reads as a function, as torch.no_grad does)
     def __enter__(self) -> None:
         level = _choices.levels[-1]
         if level.set_by is self:  # nobody chose since: the block begins before this object was made
-            level.name, level.set_by = self._before, None
+            level.name = self._before
         _choices.levels.append(_Level(self._name, self))
         _choices.apply()
 
