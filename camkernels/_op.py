@@ -11,9 +11,9 @@
     )
     squared = SQUARE("square", values)
 
-An op has two passes, ``camkernels::<op>_fwd`` and ``camkernels::<op>_bwd``, each an op of ``torch.library``. A
-pass works on a namespace: it holds the arguments by name, then the tensors that the pass allocates. A backend's
-launcher takes from it what its own signature names, and fills what was allocated:
+An op has two passes, ``camkernels::<op>_fwd`` and ``camkernels::<op>_bwd``, each an op of ``torch.library``.
+A pass works on a namespace: it holds the arguments by name, then the tensors that the pass allocates. A
+backend's launcher takes from it what its own signature names, and fills what was allocated:
 
     cpu, cuda  camkernels_cpp::<pass>, a C++ kernel under the key CPU or CUDA
     triton     camkernels.triton.<pass>, a Python function
@@ -46,8 +46,8 @@ CPP_LIBRARIES = {"cpu": "camkernels_cpp", "cuda": "camkernels_cpp"}
 
 
 def _library(name: str) -> torch.library.Library:
-    """A library to define ops in. What an earlier import of camkernels defined there goes first: after a purge
-    of ``sys.modules`` the package is imported once more in one process."""
+    """A library to define ops in. What an earlier import of camkernels defined there goes first: after a
+    purge of ``sys.modules`` the package is imported once more in one process."""
     namespace = getattr(torch.ops, name)
     earlier = vars(namespace).get("library")
     if earlier is not None:
@@ -156,7 +156,7 @@ def _open_numbers(floats: list[float]) -> Tensor | None:
     An op's argument of type float would be fixed to its first value: some versions then compile anew for
     each other value, and some go on with the first one. Only a sum with a tensor stays open.
     """
-    if not any([_is_open(number) for number in floats]):
+    if not any(_is_open(number) for number in floats):
         return None
     zero = torch.zeros((), dtype=torch.float64)
     return torch.stack([zero + number for number in floats])
@@ -241,9 +241,9 @@ class _Pass:
                 getattr(a, name).zero_()
             return self._returned(a)
         backend = _backend.resolve(self.name, a.backend, first.device, first.dtype, self.backends)
-        if backend == "cuda" and a.backend == "auto" and not self._suits_cuda(a):
-            if _backend.why_not("triton", first.device, first.dtype) is None:
-                backend = "triton"
+        unsuited = backend == "cuda" and a.backend == "auto" and not self._suits_cuda(a)
+        if unsuited and _backend.why_not("triton", first.device, first.dtype) is None:
+            backend = "triton"
         self._launch(Launch(backend), a)
         return self._returned(a)
 
@@ -253,8 +253,8 @@ def _nothing(a: Arguments) -> None:
 
 
 def is_plain(*values: Any) -> bool:
-    """Whether a call may bypass the dispatcher: nothing traces it, and its tensors are no more than tensors, but
-    have data."""
+    """Whether a call may bypass the dispatcher: nothing traces it, and its tensors are no more than tensors,
+    but have data."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
@@ -439,11 +439,11 @@ class Op:
             return self._reference(*args)
         if torch._C._are_functorch_transforms_active():  # Dynamo traces the question
             raise RuntimeError(
-                f"{function}: torch.func transforms (grad, vjp, jvp, vmap ...) do not see through the kernels; "
-                "inside them use camkernels.use_backend('reference')"
+                f"{function}: torch.func transforms (grad, vjp, jvp, vmap ...) do not see through the "
+                "kernels; inside them use camkernels.use_backend('reference')"
             )
         needed = torch.is_grad_enabled() and any(
-            [args[i] is not None and args[i].requires_grad for i in self._gradients_at.values()]
+            args[i] is not None and args[i].requires_grad for i in self._gradients_at.values()
         )
         requested = _backend.setting()
         if self._keeps:

@@ -154,7 +154,20 @@ SIZES = [
     for n, classes, shape in zip(
         (3, 2, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13),
         (4, 7, 3, 5, 9, 6, 12, 8, 15, 10, 13, 11),
-        ((4, 6), (3, 5), (5, 7), (9, 4), (8, 8), (6, 12), (7, 3), (10, 10), (11, 9), (2, 13), (12, 2), (14, 14)),
+        (
+            (4, 6),
+            (3, 5),
+            (5, 7),
+            (9, 4),
+            (8, 8),
+            (6, 12),
+            (7, 3),
+            (10, 10),
+            (11, 9),
+            (2, 13),
+            (12, 2),
+            (14, 14),
+        ),
         strict=True,
     )
 ]
@@ -237,7 +250,9 @@ SAME = {
     "erase": lambda f, w: camkernels.fused_cam_erase(f, w, CASE.target(), f, sharpness=3.0).erased.sum(),
     "seeds": lambda f, w: camkernels.fused_cam_seeds(
         f, w, CASE.target(), 2, seed_features=f.view_as(f), sampling="first"
-    ).vectors.square().sum(),
+    )
+    .vectors.square()
+    .sum(),
     "consistency": lambda f, w: camkernels.losses.AttentionConsistencyLoss(
         [camkernels.transforms.HorizontalFlip(), camkernels.transforms.VerticalFlip()]
     )(f, [f, f], w).total,
@@ -270,7 +285,9 @@ def test_a_batch_of_gradients(call):
         outputs, leaves, grads, is_grads_batched=True, retain_graph=True, allow_unused=True
     )
     for row in range(2):
-        one = torch.autograd.grad(outputs, leaves, [g[row] for g in grads], retain_graph=True, allow_unused=True)
+        one = torch.autograd.grad(
+            outputs, leaves, [g[row] for g in grads], retain_graph=True, allow_unused=True
+        )
         for ours, truth in zip(many, one, strict=True):
             assert (ours is None) == (truth is None)
             assert ours is None or torch.equal(ours[row], truth)
@@ -322,4 +339,6 @@ def test_imported_a_second_time():
         "graph = torch.compile(camkernels.fused_cam, backend='aot_eager', fullgraph=True)\n"
         "assert torch.equal(graph(f, w, t), first)\n"
     )
-    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, cwd=Path(__file__).parent.parent)
+    subprocess.run(
+        [sys.executable, "-W", "error", "-c", program], check=True, cwd=Path(__file__).parent.parent
+    )

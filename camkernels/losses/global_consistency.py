@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from camkernels.losses import _distributed
-from camkernels.ops import _checks
+from camkernels import _checks
 
 
 @torch.library.custom_op("camkernels::snapshot", mutates_args=())

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from camkernels.losses import _inputs
-from camkernels.ops import _checks
+from camkernels import _checks
 from camkernels.ops.negative_cam_loss import KINDS, loss_and_counts, positive_share
 
 

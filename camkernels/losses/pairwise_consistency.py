@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from camkernels.losses import _inputs
-from camkernels.ops import _checks
+from camkernels import _checks
 
 _NO_CLASS = -100  # what F.nll_loss skips
 

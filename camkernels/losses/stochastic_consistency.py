@@ -4,7 +4,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from camkernels.losses import _distributed
-from camkernels.ops import _checks
+from camkernels import _checks
 from camkernels.ops.stochastic_consistency import PAIRS, mean_distance
 
 

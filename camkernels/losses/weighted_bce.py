@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from camkernels.losses import _inputs
-from camkernels.ops import _checks
+from camkernels import _checks
 
 
 class WeightedBCEWithLogits(nn.Module):

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from camkernels import reference
 from camkernels._op import Arguments, Op
-from camkernels.ops import _checks
+from camkernels import _checks
 
 
 def attention_boxes(mask: Tensor) -> Tensor:

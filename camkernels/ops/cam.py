@@ -5,7 +5,7 @@ from torch import Tensor
 
 from camkernels import reference
 from camkernels._op import Arguments, Launch, Op, accumulate_dtype, like, per_class
-from camkernels.ops import _checks
+from camkernels import _checks
 
 
 def fused_cam(

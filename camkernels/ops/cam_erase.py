@@ -9,7 +9,7 @@ from torch import Tensor
 
 from camkernels import reference
 from camkernels._op import Arguments, Launch, Op, define_kernel, empty_like, like, memory_format
-from camkernels.ops import _checks
+from camkernels import _checks
 from camkernels.ops.cam import allocate_maps, kept_map, suits_cuda
 
 

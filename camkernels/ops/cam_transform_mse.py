@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from camkernels._op import Arguments, Op, accumulate_dtype, like
-from camkernels.ops import _checks
+from camkernels import _checks
 from camkernels.reference.cam_transform_mse import mean_squares as reference_mean_squares
 from camkernels.reference.cam_transform_mse import reduce
 from camkernels.transforms import Affine, Scale, Transform

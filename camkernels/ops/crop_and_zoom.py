@@ -7,7 +7,7 @@ from torch import Tensor
 
 from camkernels import reference
 from camkernels._op import Arguments, Op, memory_format
-from camkernels.ops import _checks
+from camkernels import _checks
 
 
 def crop_and_zoom(images: Tensor, boxes: Tensor, size: int | Sequence[int]) -> Tensor:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from camkernels import reference
 from camkernels._op import Arguments, Op, memory_format
-from camkernels.ops import _checks
+from camkernels import _checks
 
 
 def masked_max_pool(features: Tensor, mask: Tensor) -> Tensor:

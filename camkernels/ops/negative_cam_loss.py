@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from camkernels._op import Arguments, Launch, Op, accumulate_dtype, define_kernel, like, per_class
-from camkernels.ops import _checks
+from camkernels import _checks
 from camkernels.reference.negative_cam_loss import image_losses
 
 KINDS = ("mse", "uniform")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from camkernels import reference
 from camkernels._op import Arguments, Op
-from camkernels.ops import _checks
+from camkernels import _checks
 
 
 class OtsuMask(NamedTuple):
