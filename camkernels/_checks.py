@@ -141,7 +141,7 @@ def local_weight(function: str, value: object, features: Tensor) -> Tensor:
         raise wrong_shape(function, "weight", value, allowed)
     value = tensor(function, "weight", value, "[n, L + 1, C]", (3,))
     if value.shape[1] < 2 or not 1 <= value.shape[0] <= 256:
-        allowed = "[n, L + 1, C] must have 1 to 256 classifiers and at least 2 classes, the last being the background"
+        allowed = "[n, L + 1, C] must have 1 to 256 classifiers and at least 2 classes, the last background"
         raise wrong_shape(function, "weight", value, allowed)
     return same_channels(function, value, features)
 
@@ -195,8 +195,8 @@ def local_activations(function: str, value: object) -> Tensor:
     value = tensor(function, "activations", value, "[N, L + 1, H, W]", (4,))
     if value.shape[1] < 2 or 0 in value.shape[2:]:
         allowed = (
-            "[N, L + 1, H, W] must have at least 2 classes, the last being the background, and at least 1 pixel "
-            "(N may be 0)"
+            "[N, L + 1, H, W] must have at least 2 classes, the last being the background, and at least 1 "
+            "pixel (N may be 0)"
         )
         raise wrong_shape(function, "activations", value, allowed)
     return value
@@ -257,8 +257,8 @@ def boxes(function: str, value: object, images: Tensor) -> Tensor:
             )
         if x0 >= 1 or y0 >= 1 or x1 <= 0 or y1 <= 0 or max(x1 - x0, y1 - y0) > LARGEST_BOX:
             raise ValueError(
-                f"{function}: boxes holds {box} for image {index}, which lies outside the image or is more than "
-                f"{LARGEST_BOX} times its size; boxes are fractions of width and height: divide pixels by them"
+                f"{function}: boxes holds {box} for image {index}, which lies outside the image or is over "
+                f"{LARGEST_BOX} times its size; boxes are fractions of width and height: divide pixels by those"
             )
     return value
 
@@ -431,8 +431,8 @@ def fill(function: str, value: object, channels: int) -> list[float]:
         return [as_float(item) for item in value]
     error = ValueError if wrong is None else TypeError
     raise error(
-        f"{function}: fill {wrong or f'has {len(value)} numbers'}; it must be a number or {channels} numbers, "
-        "one for each channel of images"
+        f"{function}: fill {wrong or f'has {len(value)} numbers'}; it must be a number or {channels} "
+        "numbers, one for each channel of images"
     )
 
 

@@ -1,4 +1,4 @@
-"""What sees an op from outside: torch.compile, torch.func, export, dispatch modes. Each rule for every function."""
+"""torch.compile, torch.func, export and dispatch modes: each rule for every function."""
 
 import os
 import subprocess

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from camkernels.losses import _inputs
 from camkernels import _checks
+from camkernels.losses import _inputs
 from camkernels.ops.negative_cam_loss import KINDS, loss_and_counts, positive_share
 
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from camkernels.losses import _inputs
 from camkernels import _checks
+from camkernels.losses import _inputs
 
 
 class WeightedBCEWithLogits(nn.Module):

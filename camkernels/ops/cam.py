@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from camkernels import reference
+from camkernels import _checks, reference
 from camkernels._op import Arguments, Launch, Op, accumulate_dtype, like, per_class
-from camkernels import _checks
 
 
 def fused_cam(

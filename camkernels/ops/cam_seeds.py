@@ -6,9 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from camkernels import reference
+from camkernels import _checks, reference
 from camkernels._op import Arguments, Launch, Op, define_kernel, like, memory_format
-from camkernels import _checks
 from camkernels.ops.cam import allocate_maps, kept_map
 
 

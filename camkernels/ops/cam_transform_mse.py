@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from camkernels._op import Arguments, Op, accumulate_dtype, like
 from camkernels import _checks
+from camkernels._op import Arguments, Op, accumulate_dtype, like
 from camkernels.reference.cam_transform_mse import mean_squares as reference_mean_squares
 from camkernels.reference.cam_transform_mse import reduce
 from camkernels.transforms import Affine, Scale, Transform
@@ -166,8 +166,8 @@ CAM_TRANSFORM_MSE = Op(
     kept="kept",
     allocate=_allocate,
     reference=reference_mean_squares,
-    backward="Tensor grad_means, Tensor features, Tensor features_t, Tensor weight, Tensor? matrix, Tensor kept, "
-    "SymInt[] whole, float[] fractions, int comparison",
+    backward="Tensor grad_means, Tensor features, Tensor features_t, Tensor weight, Tensor? matrix, "
+    "Tensor kept, SymInt[] whole, float[] fractions, int comparison",
     gradients={name: like(name) for name in ("features", "features_t", "weight")},
     channels_last="features features_t",
     suits_cuda=_suits_cuda,

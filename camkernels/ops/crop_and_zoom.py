@@ -5,9 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from camkernels import reference
+from camkernels import _checks, reference
 from camkernels._op import Arguments, Op, memory_format
-from camkernels import _checks
 
 
 def crop_and_zoom(images: Tensor, boxes: Tensor, size: int | Sequence[int]) -> Tensor:

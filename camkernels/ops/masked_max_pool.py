@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from camkernels import reference
+from camkernels import _checks, reference
 from camkernels._op import Arguments, Op, memory_format
-from camkernels import _checks
 
 
 def masked_max_pool(features: Tensor, mask: Tensor) -> Tensor:

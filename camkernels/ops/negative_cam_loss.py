@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from camkernels._op import Arguments, Launch, Op, accumulate_dtype, define_kernel, like, per_class
 from camkernels import _checks
+from camkernels._op import Arguments, Launch, Op, accumulate_dtype, define_kernel, like, per_class
 from camkernels.reference.negative_cam_loss import image_losses
 
 KINDS = ("mse", "uniform")
@@ -183,8 +183,8 @@ def _launch_bwd(launch: Launch, a: Arguments) -> None:
 
 
 _BACKWARD = (
-    "Tensor features, Tensor weight, Tensor grad_loss, Tensor chosen, Tensor counts, Tensor kept, bool uniform, "
-    "float temperature"
+    "Tensor features, Tensor weight, Tensor grad_loss, Tensor chosen, Tensor counts, Tensor kept, "
+    "bool uniform, float temperature"
 )
 NEGATIVE_CAM_LOSS = Op(
     "negative_cam_loss",

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from camkernels import reference
+from camkernels import _checks, reference
 from camkernels._op import Arguments, Op, accumulate_dtype
-from camkernels import _checks
 
 PAIRS = ("all", "adjacent")
 
