@@ -258,7 +258,7 @@ def boxes(function: str, value: object, images: Tensor) -> Tensor:
         if x0 >= 1 or y0 >= 1 or x1 <= 0 or y1 <= 0 or max(x1 - x0, y1 - y0) > LARGEST_BOX:
             raise ValueError(
                 f"{function}: boxes holds {box} for image {index}, which lies outside the image or is over "
-                f"{LARGEST_BOX} times its size; boxes are fractions of width and height: divide pixels by those"
+                f"{LARGEST_BOX} times its size; boxes are fractions of width and height: divide pixels by it"
             )
     return value
 

@@ -3,9 +3,9 @@
 import itertools
 
 import torch
+from camkernels._library import memory_format
 
 import camkernels
-from camkernels._library import memory_format
 from camkernels.transforms import Affine, HorizontalFlip, Scale, Translate
 
 # One for each path of the kernels: permutations, other moves, both kinds of common grid.

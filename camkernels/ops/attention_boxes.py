@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from camkernels import _checks, reference
-from camkernels._op import Arguments, Op
+from camkernels._op import Op
+from camkernels._pass import Arguments
 
 
 def attention_boxes(mask: Tensor) -> Tensor:

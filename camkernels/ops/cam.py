@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from camkernels import _checks, reference
-from camkernels._op import Arguments, Launch, Op, accumulate_dtype, like, per_class
+from camkernels._op import Op
+from camkernels._pass import Arguments, Launch, accumulate_dtype, like, per_class
 
 
 def fused_cam(

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from camkernels import _checks, reference
-from camkernels._op import Arguments, Launch, Op, define_kernel, empty_like, like, memory_format
+from camkernels._op import Op
+from camkernels._pass import Arguments, Launch, define_kernel, empty_like, like, memory_format
 from camkernels.ops.cam import allocate_maps, kept_map, suits_cuda
 
 

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from camkernels import _checks
-from camkernels._op import Arguments, Op, accumulate_dtype, like
+from camkernels._op import Op
+from camkernels._pass import Arguments, accumulate_dtype, like
 from camkernels.reference.cam_transform_mse import mean_squares as reference_mean_squares
 from camkernels.reference.cam_transform_mse import reduce
 from camkernels.transforms import Affine, Scale, Transform
@@ -80,7 +81,7 @@ def mean_squares(
     _checks.flag(function, "detach_weight", detach_weight)
     _check_pair(function, features, features_t, transform)
 
-    if CAM_TRANSFORM_MSE.by_reference(function, features):
+    if CAM_TRANSFORM_MSE.backend(function, features) == "reference":
         return reference_mean_squares(features, features_t, weight, transform, detach_weight)
     matrix = None
     # An empty list comes back as None from a package of AOTInductor, so that of a resize holds zeros.

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from camkernels import _checks, reference
-from camkernels._op import Arguments, Op, memory_format
+from camkernels._op import Op
+from camkernels._pass import Arguments, memory_format
 
 
 def crop_and_zoom(images: Tensor, boxes: Tensor, size: int | Sequence[int]) -> Tensor:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from camkernels import _checks, reference
-from camkernels._op import Arguments, Op, like, per_class
+from camkernels._op import Op
+from camkernels._pass import Arguments, like, per_class
 
 
 class LocalActivations(NamedTuple):

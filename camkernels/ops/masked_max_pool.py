@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from camkernels import _checks, reference
-from camkernels._op import Arguments, Op, memory_format
+from camkernels._op import Op
+from camkernels._pass import Arguments, memory_format
 
 
 def masked_max_pool(features: Tensor, mask: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from camkernels import _checks
-from camkernels._op import Arguments, Launch, Op, accumulate_dtype, define_kernel, like, per_class
+from camkernels._op import Op
+from camkernels._pass import Arguments, Launch, accumulate_dtype, define_kernel, like, per_class
 from camkernels.reference.negative_cam_loss import image_losses
 
 KINDS = ("mse", "uniform")

@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from camkernels import _backend, _op, use_backend
+from camkernels import _backend, _pass, use_backend
 
 _T = TypeVar("_T")
 FOLDER = Path(__file__).parent
@@ -120,13 +120,13 @@ class Emulator:
 
 @cache
 def load(library: Path) -> None:
-    for schema in _op.CPP_SCHEMAS.values():
+    for schema in _pass.CPP_SCHEMAS.values():
         EMULATED.define(schema)
     torch.ops.load_library(library)
 
 
 def clear_caches() -> None:
-    _op.clear_caches()
+    _pass.clear_caches()
     _backend.clear_caches()
 
 
@@ -134,9 +134,9 @@ def clear_caches() -> None:
 def serving(library: Path) -> Iterator[Emulator]:
     """Backend "cuda" serves CPU tensors inside, and is chosen; memory that nobody has written holds NaN."""
     deterministic = torch.are_deterministic_algorithms_enabled()
-    cpp = _op.CPP_LIBRARIES["cuda"]
+    cpp = _pass.CPP_LIBRARIES["cuda"]
     torch.use_deterministic_algorithms(True)
-    _op.CPP_LIBRARIES["cuda"] = EMULATED.ns
+    _pass.CPP_LIBRARIES["cuda"] = EMULATED.ns
     _backend.emulated.add("cuda")
     clear_caches()
     try:
@@ -144,6 +144,6 @@ def serving(library: Path) -> Iterator[Emulator]:
             yield Emulator(library)
     finally:
         torch.use_deterministic_algorithms(deterministic)
-        _op.CPP_LIBRARIES["cuda"] = cpp
+        _pass.CPP_LIBRARIES["cuda"] = cpp
         _backend.emulated.discard("cuda")
         clear_caches()
