@@ -11,7 +11,6 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from camkernels import attention_boxes
-from camkernels.ops.attention_boxes import BACKENDS
 from camkernels.reference import attention_boxes as reference_attention_boxes
 
 VARIANTS = ("boxes",)
@@ -63,7 +62,6 @@ OP = harness.Op(
     cost=cost,
     check=check,
     directions=("forward",),
-    backends=BACKENDS,
 )
 
 

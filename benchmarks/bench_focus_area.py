@@ -11,7 +11,6 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from camkernels import focus_area
-from camkernels.ops.focus_area import BACKENDS
 from camkernels.reference import focus_area as reference_focus_area
 
 TINY = {"id": "tiny", "N": 2, "C": 8, "HW": [2, 2]}
@@ -66,7 +65,6 @@ OP = harness.Op(
     cost=cost,
     check=check,
     directions=("forward",),
-    backends=BACKENDS,
 )
 
 

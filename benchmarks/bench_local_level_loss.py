@@ -12,7 +12,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from camkernels import local_level_loss
-from camkernels.ops.local_level_loss import BACKENDS, TILE
+from camkernels.ops.local_level_loss import TILE
 from camkernels.reference import local_level_loss as reference_local_level_loss
 
 VARIANTS = ("loss",)
@@ -81,7 +81,6 @@ OP = harness.Op(
     cost=cost,
     check=check,
     kept_bytes=kept_bytes,
-    backends=BACKENDS,
 )
 
 

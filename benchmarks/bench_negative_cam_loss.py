@@ -12,7 +12,6 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from camkernels import fused_negative_cam_loss
-from camkernels.ops.negative_cam_loss import BACKENDS
 from camkernels.reference import negative_cam_loss
 
 # The two kinds with logits given; "pooled": mse, the negatives chosen by the pooled features.
@@ -274,7 +273,6 @@ OP = harness.Op(
     check=check,
     kept_bytes=kept_bytes,
     others=others,
-    backends=BACKENDS,
 )
 
 

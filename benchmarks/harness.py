@@ -16,7 +16,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from schema import Row
 from torch import Tensor
 
-from camkernels import _backend
+from camkernels import _backend, _op
 
 WORKLOADS = Path(__file__).with_name("workloads.json")
 DIRECTIONS = ("forward", "forward+backward")
@@ -70,7 +70,11 @@ class Op:
     # against them: the code that came with the paper ("released"), a careful user's ("gathered").
     others: Callable[[WorkloadRow, str], Mapping[str, Function]] = lambda row, variant: {}
     directions: tuple[str, ...] = DIRECTIONS
-    backends: tuple[str, ...] = _backend.BACKENDS  # that have kernels for it
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """Those that have kernels for it."""
+        return next(op.backends for op in _op.OPS.values() if op.function == self.name)
 
 
 def workload_rows(op: str, selection: str) -> list[dict[str, Any]]:

@@ -72,6 +72,7 @@ MAKE: dict[str, Make] = {
 SIZED: dict[str, Callable[[Case], dict[str, Any]]] = {
     "fused_cam_seeds": lambda case: {"num_seeds": max(case.shape[0] * case.shape[1] // 8, 2)},
     "fused_negative_cam_loss": lambda case: {"num_negatives": max(case.classes // 2, 1)},
+    "otsu_mask": lambda case: {"bins": 2 * case.classes},
     "crop_and_zoom": lambda case: {"size": case.shape},
 }
 
@@ -162,7 +163,7 @@ CALLS = [
     call("focus_area", "", "", "features"),
     call("fused_local_activations", "", BIASED, "", CLASSIFIERS),
     call("fused_local_activations", "no bias", "features weight", "", CLASSIFIERS),
-    call("otsu_mask", "", "", "maps", bins=8),
+    call("otsu_mask", "", "", "maps"),
     call("local_level_loss", "", "activations", "mask target", FOREGROUND),
     call("masked_max_pool", "", "features", "mask"),
     call("attention_boxes", "", "", "mask"),
