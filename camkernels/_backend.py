@@ -127,11 +127,11 @@ def triton_error() -> str | None:
         if not isinstance(getattr(triton, "JITFunction", None), type):
             kind = type(triton).__name__
             return f"the module triton is not Triton, but a {kind} without JITFunction (a mock?)"
-        if "camkernels.triton" not in sys.modules and triton.knobs.runtime.interpret != _interpreted():
+        if "camkernels.triton.front" not in sys.modules and triton.knobs.runtime.interpret != _interpreted():
             # Triton's own functions and ours would be of two kinds, and could not call each other.
             asked = os.environ.get("TRITON_INTERPRET")
             return f"TRITON_INTERPRET is {asked!r}, but was not when triton was imported; set it before"
-        importlib.import_module("camkernels.triton")
+        importlib.import_module("camkernels.triton.front")
     except Exception as error:  # a broken Triton must not take the other backends with it
         return f"Triton does not load: {error}"
     return None

@@ -92,7 +92,7 @@ def define_kernel(name: str, reads: str, writes: str) -> None:
 def _launcher(backend: str, kernel: str) -> tuple[Callable[..., None], Callable[..., Any]]:
     """A backend's launcher, and what takes its arguments from a namespace."""
     if backend == "triton":
-        launch = getattr(importlib.import_module("camkernels.triton"), kernel)
+        launch = getattr(importlib.import_module(f"camkernels.triton.{kernel[:-4]}"), kernel)  # less _fwd
         names: list[str] = list(inspect.signature(launch).parameters)
     else:
         launch = getattr(getattr(torch.ops, CPP_LIBRARIES[backend]), kernel).default
