@@ -81,7 +81,8 @@ class Op:
         flow: for each output the inputs that its gradient reaches; by default all of ``gradients``.
         save: what backward gets under a name, where that is not the argument or result of this name.
         arrange: changes arguments before anything is allocated, such as the layout of a gradient.
-        launch_fwd, launch_bwd: start the kernels of a pass; by default the one of the pass's name.
+        launch_fwd, launch_bwd: start the kernels of a pass, which ``define_kernel`` declares; by default one
+            of the pass's name and arguments.
         channels_last: tensors that kernels read in that layout, too; all others are made contiguous.
         decides: tensors whose widest dtype the backend must serve, the first of them its device.
         backends: those that have kernels for the op.
@@ -134,7 +135,8 @@ class Op:
             finish=finish,
             **shared,
         )
-        define_kernel(f"{name}_fwd", inputs, fills)
+        if launch_fwd is None:
+            define_kernel(f"{name}_fwd", inputs, fills)
         self._decides = [names.index(n) for n in (decides or names[0]).split()]
         self._floats_at = [names.index(n) for n in self.forward.floats]
         self._gradients_at = [(n, names.index(n)) for n in gradients or {}]

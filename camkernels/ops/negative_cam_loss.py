@@ -187,10 +187,13 @@ _BACKWARD = (
     "Tensor features, Tensor weight, Tensor grad_loss, Tensor chosen, Tensor counts, Tensor kept, "
     "bool uniform, float temperature"
 )
+_INPUTS = (
+    "Tensor features, Tensor weight, Tensor target, Tensor? bias, Tensor? logits, SymInt num_negatives, "
+    "bool uniform, float level, float temperature, bool keep"
+)
 NEGATIVE_CAM_LOSS = Op(
     "negative_cam_loss",
-    "Tensor features, Tensor weight, Tensor target, Tensor? bias, Tensor? logits, SymInt num_negatives, "
-    "bool uniform, float level, float temperature, bool keep",
+    _INPUTS,
     function="fused_negative_cam_loss",
     outputs="loss positive counts",
     kept="chosen kept",
@@ -205,6 +208,7 @@ NEGATIVE_CAM_LOSS = Op(
     launch_bwd=_launch_bwd,
     backends=("reference", "cpu", "triton"),
 )
+define_kernel("negative_cam_loss_fwd", _INPUTS, "losses positive counts chosen kept")
 define_kernel(
     "negative_cam_loss_bwd",
     f"{_BACKWARD}, bool need_features, bool need_weight, bool need_bias",

@@ -1,1 +1,1 @@
-"""Kernels for GPUs that Triton serves: in the module of an op its launchers, under the names of its passes."""
+"""Kernels for GPUs that Triton serves: in the module of an op its launchers, named as its passes."""
