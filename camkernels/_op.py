@@ -309,7 +309,10 @@ class Op:
         for n, _ in self._gradients_at:
             known[f"need_{n}"] = n in needs
         args = [known[name] for name in self.backward.names]
-        run = self.backward.run if self.backward.may_be_direct(args) else self.backward.dispatched
+        # A batch of gradients comes as tensors that have no storage.
+        direct = all(grad is None or torch._C._has_storage(grad) for grad in grads)
+        direct = direct and self.backward.may_be_direct(args)
+        run = self.backward.run if direct else self.backward.dispatched
         results = run(*args)
         results = results if isinstance(results, tuple) else (results,)
         for (n, i), grad in zip(self._gradients_at, results, strict=True):
