@@ -34,7 +34,7 @@ def is_plain(tensor: Tensor) -> bool:
 def values_are_readable(tensor: Tensor) -> bool:
     """Whether Python may look at the numbers: on the CPU, where it need not wait, and not in a trace."""
     return (
-        not torch.compiler.is_compiling()  # first, for Dynamo cannot trace what is asked below
+        not torch.compiler.is_compiling()  # first: Dynamo need not trace the rest
         and tensor.device.type == "cpu"
         and is_plain(tensor)
         and torch._C._len_torch_dispatch_stack() == 0  # as under make_fx, which makes numbers constants

@@ -244,13 +244,18 @@ def compiled(loss, call, inputs):
     torch.compile(lambda *x: call(loss, *x), backend="aot_eager", fullgraph=True)(*inputs)
 
 
+def compiled_gradient(loss, call, inputs):
+    of_loss = grad(lambda x, *rest: call(loss.eval(), x, *rest))
+    torch.compile(lambda *x: of_loss(*x), backend="aot_eager", fullgraph=True)(*inputs)
+
+
 def faked(loss, call, inputs):
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         call(loss, *(mode.from_tensor(x) for x in inputs))
 
 
 @every_loss
-@pytest.mark.parametrize("before", [called, differentiated, mapped, compiled, faked])
+@pytest.mark.parametrize("before", [called, differentiated, mapped, compiled, compiled_gradient, faked])
 def test_a_call_leaves_nothing_that_cannot_be_copied(name, before):
     make, call, inputs = LOSSES[name]
     loss = make()
