@@ -227,23 +227,23 @@ def test_only_wanted_gradients_are_written(emulator, need):
 
 
 def test_limits_are_named(emulator):
-    wide = torch.zeros(1, 1, 400, 400)
+    wide = torch.zeros(1, 1, 300, 400)
     weight, target = torch.ones(1, 1), torch.zeros(1, dtype=torch.int64)
-    with pytest.raises(RuntimeError, match=r"a map of 400 x 400 needs .* bytes of shared memory"):
+    with pytest.raises(RuntimeError, match=r"a map of 300 x 400 needs .* bytes of shared memory"):
         fused_cam(wide, weight, target)
     with pytest.raises(RuntimeError, match="up to 16 different fill values, not 17"):
         fused_cam_erase(wide[..., :2, :2], weight, target, torch.zeros(1, 17, 4, 4), fill=list(range(17)))
-    message = r"cam_transform_mse_fwd: a map of 400 x 400 needs .* bytes of shared memory"
+    message = r"cam_transform_mse_fwd: a map of 300 x 400 needs .* bytes of shared memory"
     with pytest.raises(RuntimeError, match=message):
         fused_cam_transform_mse(wide, wide, weight, HorizontalFlip())
 
 
 def test_maps_whose_pixels_no_int_counts(emulator):
-    """65536 x 65536 is 0 in 32 bits; nothing of it may be launched."""
-    huge = torch.zeros(1).expand(1, 1, 65536, 65536)  # one element in memory
+    """65536 x 131072 is 0 in 32 bits; nothing of it may be launched."""
+    huge = torch.zeros(1).expand(1, 1, 65536, 131072)  # one element in memory
     none, extent, small, image = torch.empty(0), *map(torch.zeros, ((1, 1, 2), (1, 1, 2, 2), (1, 3, 4, 4)))
     weight, target = torch.zeros(2, 1), torch.zeros(1, 1, dtype=torch.int64)
-    message = "a map of 65536 x 65536 has more pixels than the CUDA kernels take"
+    message = "a map of 65536 x 131072 has more pixels than the CUDA kernels take"
     with pytest.raises(RuntimeError, match=f"cam_fwd: {message}"):
         OPS.cam_fwd(huge, weight, target, None, True, 1e-8, huge, none, extent)
     flags = True, 1e-8, True, True, False
@@ -254,13 +254,13 @@ def test_maps_whose_pixels_no_int_counts(emulator):
         OPS.cam_erase_fwd(huge, weight, target, image, *erase, 1e-8, image, huge, none, extent)
     with pytest.raises(RuntimeError, match=f"cam_erase_bwd: {message}"):
         OPS.cam_erase_bwd(image, None, None, huge, *erase, True, False, image, none)
-    flip = *HorizontalFlip().resampling(65536, 65536).flat(), 0
+    flip = *HorizontalFlip().resampling(65536, 131072).flat(), 0
     with pytest.raises(RuntimeError, match=f"cam_transform_mse_fwd: {message}"):
         OPS.cam_transform_mse_fwd(huge, huge, weight, None, *flip, True, extent, huge)
     with pytest.raises(RuntimeError, match=f"cam_transform_mse_bwd: {message}"):
         OPS.cam_transform_mse_bwd(
             extent, small, huge, weight, None, huge, *flip, True, True, True, small, huge, weight
         )
-    with pytest.raises(RuntimeError, match="an image of 4294967296 elements is larger"):
+    with pytest.raises(RuntimeError, match="an image of 8589934592 elements is larger"):
         OPS.cam_erase_fwd(small, weight, target, huge, *erase, 1e-8, huge, small, none, extent)
     assert not emulator.kernels()
