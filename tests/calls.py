@@ -26,7 +26,6 @@ Make = Callable[[Case], Any]
 
 
 def drawn(case: Case, *shape: int) -> Tensor:
-    """From the normal distribution."""
     return torch.randn(shape, generator=case.generator()).to(case.device)
 
 
@@ -62,11 +61,10 @@ MAKE: dict[str, Make] = {
     "logits": lambda case: drawn(case, case.images, case.classes),
     "maps": lambda case: case.features()[:, 0].contiguous(),
     "mask": lambda case: drawn(case, case.images, *case.shape) < -0.25,
-    "activations": lambda case: replace(case, channels=case.classes).features(),
+    "activations": lambda case: replace(case, channels=case.classes, layout="contiguous").features(),
     "boxes": lambda case: BOXES[torch.arange(case.images) % 3].to(case.device),
     "vectors": lambda case: drawn(case, case.images, 2, case.channels).to(case.dtype),
 }
-
 
 # Options that follow the sizes of a case.
 SIZED: dict[str, Callable[[Case], dict[str, Any]]] = {
@@ -113,9 +111,7 @@ def as_tuple(found: Any) -> tuple[Tensor, ...]:
     return tuple(found) if isinstance(found, tuple) else (found,)
 
 
-def call(
-    name: str, variant: str, leaves: str, others: str, make: Mapping[str, Make] = MAKE, **options: Any
-) -> Call:
+def call(name: str, variant: str, leaves: str, others: str, make: Any = MAKE, **options: Any) -> Call:
     makers = {n: make.get(n) or MAKE[n] for n in f"{leaves} {others}".split()}
     return Call(name, variant, tuple(leaves.split()), makers, options)
 
@@ -183,8 +179,7 @@ def placed(calls: Sequence[Call], backends: Sequence[tuple[str, str]] = KERNEL_B
 
 @contextmanager
 def passes() -> Iterator[list[SimpleNamespace]]:
-    """What runs meanwhile: each pass as ``op``, its ``args``, and ``values``, all that it reads and makes, by
-    name."""
+    """What runs meanwhile: a pass as ``op``, its ``args``, and in ``values`` all it reads and makes, by name."""
     seen: list[SimpleNamespace] = []
     prepare = _pass.Pass._prepared
 
