@@ -179,7 +179,7 @@ def placed(calls: Sequence[Call], backends: Sequence[tuple[str, str]] = KERNEL_B
 
 @contextmanager
 def passes() -> Iterator[list[SimpleNamespace]]:
-    """What runs meanwhile: a pass as ``op``, its ``args``, and in ``values`` all it reads and makes, by name."""
+    """What runs meanwhile: each pass as ``op``, its ``args``, and as ``values`` what it reads and makes."""
     seen: list[SimpleNamespace] = []
     prepare = _pass.Pass._prepared
 
