@@ -184,10 +184,20 @@ def write_ninja_file(out: Path, module: Path, cuda_library: Path, nvcc: Path | N
             kernels = [f"cuda_{source.stem}.o" for source in sources]
             for kernel, source in zip(kernels, sources, strict=True):
                 ninja.build([kernel], "nvcc", [str(source)])
-            gpu = " -ltorch_cuda" if (torch / "lib/libtorch_cuda.so").exists() else ""
+            # A CPU-only torch has no libtorch_cuda.so to link against; an empty library of that name lets one
+            # build serve every torch that has CUDA.
+            ninja.rule("stub", "$cxx -shared -x c /dev/null -Wl,-soname,$soname -o $out")
+            ninja.build(["libtorch_cuda.so"], "stub", variables={"soname": "libtorch_cuda.so"})
+            stub = f"-Wl,--push-state,--no-as-needed '{out / 'libtorch_cuda.so'}' -Wl,--pop-state"
             folder = home / "lib64" if (home / "lib64").exists() else home / "lib"
-            libraries = f"-ltorch_cpu{gpu} -L'{folder}' -lcudart_static -lrt -lpthread -ldl"
-            ninja.build([str(cuda_library)], "link", kernels, variables={"libraries": libraries})
+            libraries = f"-ltorch_cpu {stub} -L'{folder}' -lcudart_static -lrt -lpthread -ldl"
+            ninja.build(
+                [str(cuda_library)],
+                "link",
+                kernels,
+                implicit=["libtorch_cuda.so"],
+                variables={"libraries": libraries},
+            )
             ninja.build(["cuda"], "phony", [str(cuda_library)])
 
 

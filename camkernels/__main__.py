@@ -13,6 +13,13 @@ import torch
 import camkernels
 from camkernels import _backend
 
+_ASK_GPUS = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+from camkernels.__main__ import report_gpus
+report_gpus()
+"""
+
 
 def _version(package: str) -> str:
     try:
@@ -48,9 +55,7 @@ def _gpus() -> list[dict[str, Any]]:
     forked, and a GPU that does not answer must not take the other reports with it."""
     if not torch.cuda.device_count() and not torch.xpu.device_count():
         return []
-    code = "import json, sys; sys.path[:] = json.loads(sys.argv[1])\n"
-    code += "from camkernels.__main__ import report_gpus; report_gpus()"
-    command = [sys.executable, "-c", code, json.dumps(sys.path)]
+    command = [sys.executable, "-c", _ASK_GPUS, json.dumps(sys.path)]
     answer = subprocess.run(command, capture_output=True, text=True)
     if answer.returncode:
         error = answer.stderr.strip().splitlines() or [f"exit status {answer.returncode}"]

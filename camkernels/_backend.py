@@ -127,11 +127,11 @@ def triton_error() -> str | None:
         if not isinstance(getattr(triton, "JITFunction", None), type):
             kind = type(triton).__name__
             return f"the module triton is not Triton, but a {kind} without JITFunction (a mock?)"
-        if "camkernels.triton" not in sys.modules and triton.knobs.runtime.interpret != _interpreted():
+        if "camkernels.triton.front" not in sys.modules and triton.knobs.runtime.interpret != _interpreted():
             # Triton's own functions and ours would be of two kinds, and could not call each other.
             asked = os.environ.get("TRITON_INTERPRET")
             return f"TRITON_INTERPRET is {asked!r}, but was not when triton was imported; set it before"
-        importlib.import_module("camkernels.triton")
+        importlib.import_module("camkernels.triton.front")
     except Exception as error:  # a broken Triton must not take the other backends with it
         return f"Triton does not load: {error}"
     return None
@@ -139,7 +139,7 @@ def triton_error() -> str | None:
 
 def _interpreted() -> bool:
     """Whether the loaded Triton runs its kernels in its interpreter, that is on CPU tensors."""
-    triton = sys.modules["triton"]
+    triton = importlib.import_module("triton")
     return not isinstance(triton.language.sum, triton.JITFunction)
 
 
@@ -154,7 +154,7 @@ def _interpreter_error() -> str | None:
             return reason
         if _interpreted():
             return None
-        if sys.modules["triton"].knobs.runtime.interpret:
+        if importlib.import_module("triton").knobs.runtime.interpret:
             came = f"TRITON_INTERPRET is {asked!r}, but was not when triton was imported; "
         elif asked != "":
             came = f"TRITON_INTERPRET is {asked!r}, which Triton takes for no; "
@@ -279,7 +279,7 @@ class _Level:
     def __init__(self, name: str | None, block: "use_backend | None" = None) -> None:
         self.name = name  # None: the thread chose nothing
         self.block = block
-        self.set_by: use_backend | None = None  # the object whose making gave ``name``
+        self.set_by: use_backend | None = None  # the object that was made last in this level
 
 
 class _Choices(threading.local):
@@ -353,7 +353,7 @@ class use_backend:  # noqa: N801  (reads as a function, as torch.no_grad does)
     def __enter__(self) -> None:
         level = _choices.levels[-1]
         if level.set_by is self:  # nobody chose since: the block begins before this object was made
-            level.name, level.set_by = self._before, None
+            level.name = self._before
         _choices.levels.append(_Level(self._name, self))
         _choices.apply()
 

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from camkernels.ops import _checks
+from camkernels import _checks
 
 __all__ = ["LocalizationErrors", "box_iou", "cam_boxes", "choose_threshold", "localization_errors"]
 

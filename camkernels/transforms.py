@@ -92,6 +92,10 @@ class Transform(ABC):
         its cells count, ``[1 or N, 1, H', W']``, or None for all."""
         return self(maps), maps_t, self.valid(maps)
 
+    def mapped_size(self, height: int, width: int) -> tuple[int, int]:
+        """That of the heatmaps of ``self(images)``, where those of ``images`` are of this size."""
+        return height, width
+
     def resampling(self, height: int, width: int) -> Resampling | None:
         """The geometry on a map of that size, where it is the same for all images and goes axis by axis."""
         return None
@@ -132,12 +136,14 @@ class Rotate90(Transform):
     def __call__(self, images: Tensor) -> Tensor:
         return _images("Rotate90", images).rot90(self.k, (-2, -1))
 
+    def mapped_size(self, height: int, width: int) -> tuple[int, int]:
+        return (height, width) if self.k % 2 == 0 else (width, height)
+
     def resampling(self, height: int, width: int) -> Resampling:
         turns = self.k % 4
         rows = (_straight if turns in (0, 1) else _mirrored)(height)
         columns = (_straight if turns in (0, 3) else _mirrored)(width)
-        size = (height, width) if turns in (0, 2) else (width, height)
-        return Resampling(size, turns in (1, 3), rows, columns)
+        return Resampling(self.mapped_size(height, width), turns in (1, 3), rows, columns)
 
 
 @dataclass(frozen=True)

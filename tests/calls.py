@@ -19,7 +19,7 @@ from cases import KERNEL_BACKENDS, Case
 from torch import Tensor
 
 import camkernels
-from camkernels import _op
+from camkernels import _op, _pass
 from camkernels.transforms import Affine, HorizontalFlip, Rotate90, Scale, Translate
 
 Make = Callable[[Case], Any]
@@ -181,17 +181,17 @@ def placed(calls: Sequence[Call], backends: Sequence[tuple[str, str]] = KERNEL_B
 def passes() -> Iterator[list[SimpleNamespace]]:
     """What runs meanwhile: each pass as ``op``, its ``args``, and as ``values`` what it reads and makes."""
     seen: list[SimpleNamespace] = []
-    prepare = _op._Pass._prepared
+    prepare = _pass.Pass._prepared
 
-    def noted(op: _op._Pass, args: tuple[Any, ...]) -> SimpleNamespace:
+    def noted(op: _pass.Pass, args: tuple[Any, ...]) -> SimpleNamespace:
         seen.append(SimpleNamespace(op=op, args=args, values=prepare(op, args)))
         return seen[-1].values
 
-    with mock.patch.object(_op._Pass, "_prepared", noted):
+    with mock.patch.object(_pass.Pass, "_prepared", noted):
         yield seen
 
 
-def run_pass(op: _op._Pass, **arguments: Any) -> SimpleNamespace:
+def run_pass(op: _pass.Pass, **arguments: Any) -> SimpleNamespace:
     """The ``values`` of a pass, for arguments by name that no public function would let through."""
     arguments = {"numbers": None, **arguments}
     assert set(arguments) == set(op.names), sorted(set(arguments) ^ set(op.names))

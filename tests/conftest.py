@@ -18,6 +18,8 @@ from camkernels import _backend
 
 @pytest.fixture(autouse=True)
 def restore_backend():
-    """No test leaves its choice of backend to the next one."""
+    """No test leaves its choice of backend to the next one, nor answers from what it has replaced."""
+    _backend.clear_caches()
     with camkernels.use_backend(_backend.setting()):
         yield
+    _backend.clear_caches()

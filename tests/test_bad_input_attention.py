@@ -187,10 +187,11 @@ LOCAL_LEVEL_LOSS = [
             {"target": torch.tensor([0, label])},
             IndexError,
             f"target holds class {label}; activations has 3 classes beside the background, being "
-            "[2, 4, 4, 5], so it must be in [0, 3)",
+            "[2, 4, 4, 5], so it must be in [0, 3) or the ignore_index -100",
         )
         for label in (-1, 3)
     ),
+    ({"ignore_index": None}, TypeError, "ignore_index is a NoneType; it must be an integer"),
 ]
 
 

@@ -23,7 +23,7 @@ from cases import (
 from closeness import assert_as_close_as
 
 import camkernels
-from camkernels import _C, _op, fused_cam, fused_cam_seeds, reference
+from camkernels import _C, _pass, fused_cam, fused_cam_seeds, reference
 from camkernels.reference.cam import accumulate_dtype
 
 THRESHOLD = 0.7
@@ -441,7 +441,7 @@ def test_the_gradient_is_rounded_once(backend, device, dtype, layout, add):
     sums = sums.mT.reshape(2, 5, 3, 4)
     expected = (found.cpu().float() + sums if add else sums).to(dtype)
     given = {"grad_vectors": grad_vectors, "indices": indices, "add": add, "grad_seed_features": found}
-    _op.Launch(backend)("cam_seeds_bwd", SimpleNamespace(**given))
+    _pass.Launch(backend)("cam_seeds_bwd", SimpleNamespace(**given))
     assert torch.equal(found.cpu(), expected)
     assert (found[..., -1, -1].signbit() == add).all()  # left alone, or written
 

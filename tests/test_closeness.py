@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import Case, as_double, as_plain, run
 from closeness import assert_as_close_as, rounding_noise
 
@@ -108,6 +109,43 @@ def test_noise_is_a_few_roundings_where_nothing_cancels():
             assert rounding_noise(exact, torch.float16) == rounding_noise(exact, torch.float32)
             fine = rounding_noise(exact, torch.float64) / exact.abs().max().item()
             assert EPS**2 / 64 < fine < EPS**2 * 10
+
+
+SUMS = {
+    "sum": lambda x: x.sum(0),
+    "mean": lambda x: x.mean(0),
+    "product": lambda x: x.T @ torch.ones_like(x[:, 0]),
+    "einsum": lambda x: torch.einsum("pc,p->c", x, torch.ones_like(x[:, 0])),
+    "convolution": lambda x: F.conv2d(x.T[None, :, :, None], torch.ones(1, 2, 64, 1).to(x)),
+    "index_add": lambda x: torch.zeros_like(x[:1]).index_add(0, torch.zeros(64, dtype=torch.int64), x),
+    "scatter_add": lambda x: torch.zeros_like(x[:1]).scatter_add(0, torch.zeros(64, 2, dtype=torch.int64), x),
+}
+
+
+@pytest.mark.parametrize("function", SUMS)
+def test_the_noise_of_a_sum_that_cancels_is_that_of_its_terms(function):
+    half = torch.linspace(1, 2, 64, dtype=torch.float64).view(32, 2)
+    truth = run("reference", SUMS[function], [torch.cat([half, -half])])
+    assert truth.values[0].abs().max() < 1e-12
+    terms = 1 / 64 if function == "mean" else 1
+    assert terms * EPS / 4 < rounding_noise(truth.values[0], torch.float32) < terms * EPS * 64
+
+
+EXACT = {
+    "indexing": lambda x: x[[2, 1]],
+    "gather": lambda x: x.gather(0, torch.tensor([2, 1])),
+    "sort": lambda x: x.sort().values,
+    "topk": lambda x: x.topk(2).values,
+    "extrema": lambda x: torch.stack([x.amin(), x.amax(), x.max(0).values]),
+    "where": lambda x: torch.where(x > 1, x, -x.abs()),
+    "copies": lambda x: torch.cat([x.clone(), x.float().double().expand(2, 3).flatten()]),
+}
+
+
+@pytest.mark.parametrize("function", EXACT)
+def test_what_is_handed_on_is_not_rounded(function):
+    truth = run("reference", EXACT[function], [torch.tensor([3.0, 1.0, 2.0], dtype=torch.float64)])
+    assert rounding_noise(truth.values[0], torch.float32) == 0
 
 
 def test_rounding_decides_nothing():

@@ -1,25 +1,24 @@
-"""cam_seeds and stochastic_consistency as CUDA kernels, run without a GPU (see test_cuda_emulator.py)."""
+"""fused_cam_seeds as CUDA kernels, run without a GPU (see test_cuda_emulator.py)."""
 
 import itertools
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import Case, as_double, as_plain, lay_out, run
+from cases import Case, lay_out, run
 from closeness import assert_as_close_as
+from cuda_emulator.comparison import CLUSTERS, DTYPES, MARGIN, outcomes
 from cuda_emulator.emulation import sampled
 
-from camkernels import fused_cam, fused_cam_seeds, reference, stochastic_consistency
-from camkernels._backend import use_backend
+from camkernels import fused_cam, fused_cam_seeds, reference
 from camkernels.ops.cam_seeds import _suits_cuda
 
 pytest_plugins = ["cuda_emulator.fixtures"]
 
-CLUSTERS = (1, 2, 4, 8)
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+OPS = torch.ops.camkernels_emulated  # the bindings themselves
 LAYOUTS = ("contiguous", "channels_last", "offset")
-MARGIN = 3.0  # as in test_cuda_emulator.py
 
 
 def keys(images, pixels, seed=0, levels=None):
@@ -79,31 +78,21 @@ def test_seeds(emulator, number, case):
         inputs.append(other.features())
 
     def seeds(function):
-        def call(features, weight, seed_features=None):
-            return function(
-                features,
-                weight,
-                target,
-                num_seeds,
-                seed_features=seed_features,
-                threshold=threshold,
-                **sampling_of(noise),
-            )
+        options = {"threshold": threshold, **sampling_of(noise)}
+        return lambda f, w, seed_features=None: function(
+            f, w, target, num_seeds, seed_features=seed_features, **options
+        )
 
-        return call
-
-    with emulator.on(cluster=CLUSTERS[number % 4], seed=number, threads=(64, 128)[number // 4 % 2]):
-        found = run("triton", seeds(fused_cam_seeds), inputs)
-    assert emulator.launches["cam_seeds_fwd"] == emulator.launches["cam_seeds_bwd"] == 1
-    plain = run("reference", seeds(reference.cam_seeds), as_plain(inputs))
-    truth = run("reference", seeds(reference.cam_seeds), as_double(inputs))
-    for name, ours, theirs in zip(
-        ("vectors", "indices", "count"), found.values[:3], plain.values[:3], strict=True
-    ):
+    emulator.set(cluster=CLUSTERS[number % 4], seed=number, threads=(64, 128)[number // 4 % 2])
+    sides = outcomes(seeds(fused_cam_seeds), seeds(reference.cam_seeds), inputs)
+    assert [kernel for kernel in emulator.kernels() if "fwd" in kernel] == ["cam_seeds_fwd"]
+    assert emulator.kernels().count("cam_seeds_bwd") == 1
+    found, plain, _ = sides
+    for name, ours, theirs in zip(("vectors", "indices", "count"), found.values, plain.values, strict=False):
         assert torch.equal(ours, theirs), name
-    assert_as_close_as(found.values[3], plain.values[3], truth.values[3], MARGIN, "cam")
-    names = ("grad_features", "grad_weight", "grad_seed_features")
-    for name, mine, other, exact in zip(names, found.grads, plain.grads, truth.grads, strict=False):
+    names = ("cam", "grad_features", "grad_weight", "grad_seed_features")
+    columns = (side.values[3:] + side.grads for side in sides)
+    for name, mine, other, exact in zip(names, *columns, strict=False):
         assert_as_close_as(mine, other, exact, MARGIN, name)
 
 
@@ -115,8 +104,8 @@ def test_fewer_and_more_candidates_than_seeds(emulator, candidates, noisy):
     arguments = features.view(2, 3, 7, 9), weight, torch.tensor([0, 1]), 7
     truth = reference.cam_seeds(*arguments, **sampling_of(noise))
     assert truth[2].tolist() == [candidates] * 2
-    with emulator.on(cluster=CLUSTERS[candidates % 4], seed=candidates), use_backend("triton"):
-        found = fused_cam_seeds(*arguments, **sampling_of(noise))
+    emulator.set(cluster=CLUSTERS[candidates % 4], seed=candidates)
+    found = fused_cam_seeds(*arguments, **sampling_of(noise))
     for ours, theirs in zip(found, truth, strict=True):
         assert torch.equal(ours, theirs)
 
@@ -134,20 +123,15 @@ def test_noise_of_any_value(emulator, num_seeds, shared_limit):
     order = sorted(
         candidates, key=lambda p: (0, 0, p) if noise[0, p].isnan() else (1, -noise[0, p].item(), p)
     )
-    with emulator.on(cluster=2, seed=num_seeds, shared_limit=shared_limit), use_backend("triton"):
-        found = fused_cam_seeds(
-            features.view(1, 3, 30, 40), weight, torch.tensor([0]), num_seeds, noise=noise
-        )
+    emulator.set(cluster=2, seed=num_seeds, shared_limit=shared_limit)
+    found = fused_cam_seeds(features.view(1, 3, 30, 40), weight, torch.tensor([0]), num_seeds, noise=noise)
     assert found.indices[0].tolist() == (order + order)[:num_seeds]
     assert found.count.tolist() == [40]
 
 
 def test_a_pixel_at_the_threshold_is_no_candidate(emulator):
     cells = torch.tensor([[[[0.0, 0.5, 1.0, 0.5]]]])
-    with use_backend("triton"):
-        found = fused_cam_seeds(
-            cells, torch.ones(1, 1), torch.tensor([0]), 2, threshold=0.5, sampling="first"
-        )
+    found = fused_cam_seeds(cells, torch.ones(1, 1), torch.tensor([0]), 2, threshold=0.5, sampling="first")
     assert found.indices.tolist() == [[2, 2]]
     assert found.count.tolist() == [1]
 
@@ -159,8 +143,8 @@ def test_ties_among_pixels_that_nine_bits_count(emulator, candidates, num_seeds)
     noise = keys(2, 340, candidates, levels=2)
     arguments = features.view(2, 3, 17, 20), weight, torch.tensor([0, 1]), num_seeds
     truth = reference.cam_seeds(*arguments, noise=noise)
-    with emulator.on(seed=num_seeds), use_backend("triton"):
-        found = fused_cam_seeds(*arguments, noise=noise)
+    emulator.set(seed=num_seeds)
+    found = fused_cam_seeds(*arguments, noise=noise)
     for ours, theirs in zip(found, truth, strict=True):
         assert torch.equal(ours, theirs)
 
@@ -172,8 +156,7 @@ def test_without_a_candidate_the_peak_is_taken(emulator, noisy):
     arguments = cells.view(2, 1, 2, 3), torch.ones(1, 1), torch.tensor([0, 0]), 3
     noise = keys(2, 6) if noisy else None
     truth = reference.cam_seeds(*arguments, threshold=1 - 1e-9, **sampling_of(noise))
-    with use_backend("triton"):
-        found = fused_cam_seeds(*arguments, threshold=1 - 1e-9, **sampling_of(noise))
+    found = fused_cam_seeds(*arguments, threshold=1 - 1e-9, **sampling_of(noise))
     assert found.indices.tolist() == truth[1].tolist() == [[2] * 3, [4] * 3]
     assert found.count.tolist() == truth[2].tolist() == [0, 0]
 
@@ -187,19 +170,17 @@ def test_maps_without_a_candidate(emulator, layout, noisy):
     features[2, 3, 4, 5] = torch.nan
     features = lay_out(features, layout)
     weight = torch.rand(3, 16, generator=torch.Generator().manual_seed(1))
-    target = torch.tensor([[0], [1], [2], [3], [-1]])
+    target = torch.tensor([0, 1, 2, 3, -1])
     noise = keys(5, 42) if noisy else None
-    with emulator.on(cluster=4):
-        vectors, indices, count, cam, *_ = torch.ops.camkernels.cam_seeds_fwd(
-            features, weight, target, features, noise, 5, 0.7, 1e-8, "triton"
-        )
+    emulator.set(cluster=4)
+    vectors, indices, count, cam = fused_cam_seeds(features, weight, target, 5, **sampling_of(noise))
     assert count.ne(0).tolist() == [True, False, False, False, False]
     assert not indices[1:].any()
     assert torch.equal(vectors[1:], features[1:, :, 0, 0][:, None].expand(-1, 5, -1))
     assert torch.equal(cam.isnan().flatten(1).all(1), torch.tensor([False, False, True, True, True]))
     assert not cam[1].any()
     noise = None if noise is None else noise[:3]
-    truth = reference.cam_seeds(features[:3], weight, target[:3, 0], 5, **sampling_of(noise))
+    truth = reference.cam_seeds(features[:3], weight, target[:3], 5, **sampling_of(noise))
     assert torch.equal(indices[:3], truth[1])
 
 
@@ -212,10 +193,10 @@ def test_large_maps_and_many_seeds_in_one_launch(emulator, dtype, cluster, noisy
     arguments = case.features(), case.weight(), case.target(), 1024
     truth = reference.cam_seeds(*arguments, threshold=0.25, **sampling_of(noise))
     assert truth[2].item() > 1024
-    with emulator.on(cluster=cluster, threads=512, shared_limit=163 << 10), use_backend("triton"):
-        found = fused_cam_seeds(*arguments, threshold=0.25, **sampling_of(noise))
-    assert emulator.launches["cam_seeds_fwd"] == 1
-    assert emulator.shapes["cam_seeds_fwd"].shared > 8 * 4096  # map and keys are there
+    emulator.set(cluster=cluster, threads=512, shared_limit=163 << 10)
+    found = fused_cam_seeds(*arguments, threshold=0.25, **sampling_of(noise))
+    (launch,) = emulator.launches()
+    assert launch.shared > 8 * 4096  # map and keys are there
     for ours, theirs in zip(found[:3], truth[:3], strict=True):
         assert torch.equal(ours, theirs)
 
@@ -226,11 +207,14 @@ def test_what_auto_leaves_to_cuda_fits_into_shared_memory(emulator, shape, num_s
     pixels = math.prod(shape)
     features, weight = planted(3, pixels, images=1, channels=8, dtype=torch.float16)
     features = features.view(1, 8, *shape)
-    assert _suits_cuda(features, num_seeds)
-    assert not _suits_cuda(torch.empty(1, 8, pixels + 3, 1), num_seeds + 3)
-    with emulator.on(threads=512, shared_limit=99 << 10), use_backend("triton"):
-        fused_cam_seeds(features, weight, torch.tensor([0]), num_seeds, sampling="first")
-    assert emulator.shapes["cam_seeds_fwd"].shared > 8 * pixels
+    indices = torch.empty(1, num_seeds)
+    assert _suits_cuda(SimpleNamespace(features=features, indices=indices))
+    beyond = torch.empty(1, 8, pixels + 3, 1), torch.empty(1, num_seeds + 3)
+    assert not _suits_cuda(SimpleNamespace(features=beyond[0], indices=beyond[1]))
+    emulator.set(threads=512, shared_limit=99 << 10)
+    fused_cam_seeds(features, weight, torch.tensor([0]), num_seeds, sampling="first")
+    (launch,) = emulator.launches()
+    assert launch.shared > 8 * pixels
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -240,13 +224,12 @@ def test_shared_memory_of_one_block_but_not_of_a_cluster(emulator, layout):
     arguments = case.features(), case.weight(), case.target(), 5
     noise = keys(2, 1200)
     found = []
-    with use_backend("triton"):
-        for shared_limit in (1 << 17, 30 << 10):
-            with emulator.on(cluster=8, shared_limit=shared_limit):
-                found.append(fused_cam_seeds(*arguments, noise=noise))
-            shape = emulator.shapes["cam_seeds_fwd"]
-            assert shape.cluster == (8 if shared_limit == 1 << 17 else 1)
-            assert shape.shared > (16 << 10) + 8 * 1200  # weights, map and keys: no scratch memory
+    for shared_limit in (1 << 17, 30 << 10):
+        emulator.set(cluster=8, shared_limit=shared_limit)
+        found.append(fused_cam_seeds(*arguments, noise=noise))
+        (launch,) = emulator.launches()
+        assert launch.cluster == (8 if shared_limit == 1 << 17 else 1)
+        assert launch.shared > (16 << 10) + 8 * 1200  # weights, map and keys: no scratch memory
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
 
@@ -262,10 +245,10 @@ def test_maps_too_large_for_shared_memory(emulator, dtype, num_seeds, noisy, lay
     noise = keys(3, 1353, levels=100) if noisy else None
     arguments = case.features(), case.weight(), case.target(), num_seeds
     truth = reference.cam_seeds(*arguments, threshold=0.25, **sampling_of(noise))
-    with emulator.on(cluster=4, shared_limit=20 << 10), use_backend("triton"):
-        with pytest.raises(RuntimeError, match="bytes of shared memory"):
-            fused_cam(*arguments[:3])
-        found = fused_cam_seeds(*arguments, threshold=0.25, **sampling_of(noise))
+    emulator.set(cluster=4, shared_limit=20 << 10)
+    with pytest.raises(RuntimeError, match="bytes of shared memory"):
+        fused_cam(*arguments[:3])
+    found = fused_cam_seeds(*arguments, threshold=0.25, **sampling_of(noise))
     for ours, theirs in zip(found, truth, strict=True):
         assert torch.equal(ours, theirs)
 
@@ -287,15 +270,15 @@ def test_vectors_are_copied_bit_by_bit(emulator, dtype, layout, depth, num_seeds
     seed_features = seed_features.copy_(bits).view(dtype)
     noise = keys(2, 35, num_seeds)
     for cluster in (1, 4):
-        with emulator.on(cluster=cluster, vectors=vectors, seed=cluster), use_backend("triton"):
-            found = fused_cam_seeds(
-                features.view(2, 3, 5, 7),
-                weight,
-                torch.tensor([0, 1]),
-                num_seeds,
-                seed_features=seed_features,
-                noise=noise,
-            )
+        emulator.set(cluster=cluster, vectors=vectors, seed=cluster)
+        found = fused_cam_seeds(
+            features.view(2, 3, 5, 7),
+            weight,
+            torch.tensor([0, 1]),
+            num_seeds,
+            seed_features=seed_features,
+            noise=noise,
+        )
         wanted = bits.flatten(2).mT.take_along_dim(found.indices[..., None], 1)
         assert torch.equal(found.vectors.view(whole), wanted)
 
@@ -309,10 +292,9 @@ def test_channels_last_vectors_at_any_address(emulator, dtype, depth):
     values = torch.randn(math.prod(shape), generator=torch.Generator().manual_seed(depth)).to(dtype)
     for offset in (0, 1):
         seed_features = torch.cat([values[:offset], values])[offset:].view(shape).permute(0, 3, 1, 2)
-        with use_backend("triton"):
-            found = fused_cam_seeds(
-                features.view(2, 3, 5, 7), weight, torch.tensor([0, 1]), 9, seed_features=seed_features
-            )
+        found = fused_cam_seeds(
+            features.view(2, 3, 5, 7), weight, torch.tensor([0, 1]), 9, seed_features=seed_features
+        )
         wanted = seed_features.flatten(2).mT.take_along_dim(found.indices[..., None], 1)
         assert torch.equal(found.vectors, wanted)
 
@@ -320,8 +302,9 @@ def test_channels_last_vectors_at_any_address(emulator, dtype, depth):
 def test_float64_vectors_are_refused(emulator):
     features, weight = planted(2, 6)
     arguments = features.view(2, 3, 2, 3), weight, torch.tensor([[0], [1]])
+    outputs = [torch.empty(2, 1, 2, 3, dtype=torch.float64) for _ in range(6)]
     with pytest.raises(RuntimeError, match="compute in float32, not float64"):
-        torch.ops.camkernels.cam_seeds_fwd(*arguments, arguments[0].double(), None, 2, 0.7, 1e-8, "triton")
+        OPS.cam_seeds_fwd(*arguments, arguments[0].double(), None, 2, 0.7, 1e-8, *outputs)
 
 
 SCATTERED = list(
@@ -352,9 +335,9 @@ def test_gradient_of_vectors(emulator, dtype, layout, shape, sizes, add):
         hit = torch.zeros(2, 1, pixels, dtype=torch.bool).scatter_(2, indices[:, None], True)
         wanted = torch.where(hit, before.float() + wanted, before.float())
     buffer = lay_out(before.view(2, depth, *shape), layout)
-    with emulator.on(seed=num_seeds, threads=(64, 512)[add]):
-        torch.ops.camkernels.cam_seeds_bwd(buffer, grads, indices, add, "triton")
-    assert emulator.launches["cam_seeds_bwd"] == 1
+    emulator.set(seed=num_seeds, threads=(64, 512)[add])
+    OPS.cam_seeds_bwd(grads, indices, add, buffer)
+    assert emulator.kernels() == ["cam_seeds_bwd"]
     assert torch.equal(buffer.flatten(2), wanted.to(dtype))
 
 
@@ -363,9 +346,9 @@ def test_blocks_of_the_gradient_are_alike_and_small(emulator, shape, tiles):
     """Tiles of as many pixels as each other, within the shared memory that a block gets without asking."""
     buffer = torch.empty(3, 40, *shape)
     indices = torch.zeros(3, 5, dtype=torch.int64)
-    with emulator.on(shared_limit=48 << 10, threads=512):
-        torch.ops.camkernels.cam_seeds_bwd(buffer, torch.ones(3, 5, 40), indices, False, "triton")
-    launched = emulator.shapes["cam_seeds_bwd"]
+    emulator.set(shared_limit=48 << 10, threads=512)
+    OPS.cam_seeds_bwd(torch.ones(3, 5, 40), indices, False, buffer)
+    (launched,) = emulator.launches()
     assert launched.blocks == 3 * 2 * tiles
     assert launched.shared <= (17 << 10) + 136 * -(-math.prod(shape) // tiles)
 
@@ -377,7 +360,7 @@ def test_adding_touches_pixels_of_seeds_only(emulator, add):
     # To add 0 to -0 makes it 0.
     buffer = torch.full((1, 2, 3, 3), -0.0 if add else torch.nan)
     buffer[..., 1, 1] = 1.0
-    torch.ops.camkernels.cam_seeds_bwd(buffer, torch.ones(1, 6, 2), indices, add, "triton")
+    OPS.cam_seeds_bwd(torch.ones(1, 6, 2), indices, add, buffer)
     assert torch.equal(buffer[..., 1, 1], torch.full((1, 2), 3.0 if add else 2.0))
     others = buffer.flatten(2)[..., [0, 1, 2, 3, 5, 6, 7, 8]]
     assert not others.any()
@@ -387,117 +370,14 @@ def test_adding_touches_pixels_of_seeds_only(emulator, add):
 def test_the_order_of_threads_changes_no_seed(emulator):
     case = Case(shape=(9, 11), channels=24, images=2)
     noise, target = keys(2, 99, levels=10), case.target()
-    vectors = torch.randn(2, 5, 30, generator=torch.Generator().manual_seed(2))
     results = []
     for seed in range(6):
-        with emulator.on(seed=seed, cluster=4, threads=128):
-            found = run(
-                "triton",
-                lambda f, w: fused_cam_seeds(f, w, target, 30, noise=noise, threshold=0.3),
-                [case.features(), case.weight()],
-            )
-            losses = [
-                run("triton", stochastic_consistency, [vectors], torch.tensor([1, 1]), squared=squared)
-                for squared in (True, False)
-            ]
-        results.append(found.values + found.grads + [x for loss in losses for x in loss.values + loss.grads])
+        emulator.set(seed=seed, cluster=4, threads=128)
+        found = run(
+            "cuda",
+            lambda f, w: fused_cam_seeds(f, w, target, 30, noise=noise, threshold=0.3),
+            [case.features(), case.weight()],
+        )
+        results.append(found.values + found.grads)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-CONSISTENCY = list(
-    itertools.product(
-        DTYPES,
-        (True, False),
-        ("all", "adjacent"),
-        ((9, 3, 40, 3), (12, 2, 300, 4), (7, 1, 33, 1), (4, 2, 64, 50), (2, 5, 1, 1)),
-    )
-)
-
-
-@pytest.mark.parametrize("dtype, squared, pairs, sizes", sampled(CONSISTENCY, 3), ids=str)
-def test_consistency(emulator, dtype, squared, pairs, sizes):
-    images, num_seeds, depth, classes = sizes
-    draw = torch.Generator().manual_seed(depth)
-    vectors = torch.randn(images, num_seeds, depth, generator=draw)
-    vectors += 20.0  # a difference of large sums would be far off
-    vectors[-1] = vectors[0]  # at distance 0
-    target = torch.randint(classes, (images,), generator=draw)
-    target[-1] = target[0]
-
-    def loss(function):
-        return lambda v: function(v, target, pairs=pairs, squared=squared)
-
-    inputs = [vectors.to(dtype)]
-    with emulator.on(seed=depth, threads=(64, 512)[squared]):
-        found = run("triton", loss(stochastic_consistency), inputs)
-    plain = run("reference", loss(reference.stochastic_consistency), as_plain(inputs))
-    truth = run("reference", loss(reference.stochastic_consistency), as_double(inputs))
-    sides = (side.values + side.grads for side in (found, plain, truth))
-    for name, mine, other, exact in zip(("loss", "grad_vectors"), *sides, strict=True):
-        assert_as_close_as(mine, other, exact, 4.0, name)
-    assert emulator.launches["stochastic_consistency_fwd"] == 1
-    assert emulator.launches["stochastic_consistency_bwd"] == 1
-
-
-@pytest.mark.parametrize("squared", [True, False], ids=["squared", "plain"])
-@pytest.mark.parametrize("images, depth", [(3, 4200), (140, 2)], ids=["long vectors", "large group"])
-def test_consistency_in_turns(emulator, images, depth, squared):
-    """More columns, and more of a group, than shared memory holds at a time."""
-    vectors = torch.randn(images, 1, depth, generator=torch.Generator().manual_seed(0))
-    target = torch.zeros(images, dtype=torch.int64)
-    found = run("triton", stochastic_consistency, [vectors], target, squared=squared)
-    plain = run("reference", reference.stochastic_consistency, [vectors], target, squared=squared)
-    truth = run("reference", reference.stochastic_consistency, [vectors.double()], target, squared=squared)
-    sides = (side.values + side.grads for side in (found, plain, truth))
-    for name, mine, other, exact in zip(("loss", "grad_vectors"), *sides, strict=True):
-        assert_as_close_as(mine, other, exact, 4.0, name)
-
-
-@pytest.mark.parametrize("squared", [True, False], ids=["squared", "plain"])
-def test_an_image_without_a_pair_counts_nothing(emulator, squared):
-    """Whatever it holds; its gradient is exactly 0."""
-    vectors = torch.randn(5, 2, 40, generator=torch.Generator().manual_seed(0))
-    target = torch.tensor([3, 1, 3, 2, 3])
-    clean = run("triton", stochastic_consistency, [vectors], target, squared=squared)
-    vectors[1] = torch.nan
-    vectors[3, :, ::2] = torch.inf
-    found = run("triton", stochastic_consistency, [vectors], target, squared=squared)
-    assert torch.equal(found.values[0], clean.values[0])
-    assert torch.equal(found.grads[0], clean.grads[0])
-    assert not found.grads[0][[1, 3]].any()
-    alone = run("triton", stochastic_consistency, [vectors[1:2]], target[1:2], squared=squared)
-    assert alone.values[0] == 0
-    assert not alone.grads[0].any()
-
-
-@pytest.mark.parametrize("squared", [True, False], ids=["squared", "plain"])
-@pytest.mark.parametrize("scale", [math.inf, math.nan])
-def test_an_image_without_a_pair_has_no_gradient(emulator, scale, squared):
-    """Whatever comes from above."""
-    vectors = torch.randn(3, 2, 40, generator=torch.Generator().manual_seed(0))
-    order = torch.tensor([1, 0, 2])
-    begin, end = torch.tensor([0, 1, 1]), torch.tensor([1, 3, 3])
-    grads = torch.ops.camkernels.stochastic_consistency_bwd(
-        vectors, torch.tensor(scale), order, begin, end, squared, "triton"
-    )
-    assert not grads[1].any()
-    assert not grads[[0, 2]].isfinite().any()
-
-
-@pytest.mark.parametrize("value", [math.inf, math.nan])
-@pytest.mark.parametrize("squared", [True, False], ids=["squared", "plain"])
-def test_what_is_not_finite_reaches_its_own_group(emulator, value, squared):
-    """A vector equal to itself, or to another, has a distance of 0 there and nothing from it."""
-    vectors = torch.randn(6, 2, 40, generator=torch.Generator().manual_seed(0))
-    vectors[2] = vectors[0]
-    vectors[4, 0, 7] = value
-    target = torch.tensor([1, 0, 1, 0, 0, 1])
-    found = run("triton", stochastic_consistency, [vectors], target, squared=squared)
-    plain = run("reference", reference.stochastic_consistency, [vectors], target, squared=squared)
-    same = torch.zeros(6, 2, 1, dtype=torch.bool)
-    same[[1, 3, 4], 0] = True  # their group and seed holds it
-    same = same.expand_as(vectors)
-    assert found.grads[0][~same].isfinite().all()
-    assert torch.equal(found.grads[0].isfinite(), plain.grads[0].isfinite())
-    assert not plain.grads[0][same].isfinite().all()

@@ -77,7 +77,7 @@ LOSSES: dict[str, tuple[Callable[[], Any], Callable[..., Tensor], Sequence[Tenso
         (FEATURES, CLASSES),
     ),
     "LocalLevelLoss": (
-        losses.LocalLevelLoss,
+        lambda: losses.LocalLevelLoss(bins=16),
         lambda loss, *x: loss(*x),
         (ACTIVATIONS, FEATURES[:, 0], ONE_IGNORED),
     ),
@@ -244,26 +244,30 @@ def compiled(loss, call, inputs):
     torch.compile(lambda *x: call(loss, *x), backend="aot_eager", fullgraph=True)(*inputs)
 
 
+def compiled_gradient(loss, call, inputs):
+    of_loss = grad(lambda x, *rest: call(loss.eval(), x, *rest))
+    torch.compile(lambda *x: of_loss(*x), backend="aot_eager", fullgraph=True)(*inputs)
+
+
 def faked(loss, call, inputs):
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         call(loss, *(mode.from_tensor(x) for x in inputs))
 
 
 @every_loss
-@pytest.mark.parametrize("before", [called, differentiated, mapped, compiled, faked])
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)), of_torch_save])
-def test_a_call_leaves_nothing_that_cannot_be_copied(name, before, copied):
+@pytest.mark.parametrize("before", [called, differentiated, mapped, compiled, compiled_gradient, faked])
+def test_a_call_leaves_nothing_that_cannot_be_copied(name, before):
     make, call, inputs = LOSSES[name]
     loss = make()
     with ck.use_backend("reference"):
         called(loss, call, inputs)
         before(loss, call, inputs)
-        other = copied(loss)
         values = [x for x in (*vars(loss).values(), *loss.buffers()) if isinstance(x, Tensor)]
         assert all(
             type(x) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(x) for x in values
         )
-        assert torch.equal(call(other.eval(), *inputs), call(loss.eval(), *inputs))
+        for copied in (copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)), of_torch_save):
+            assert torch.equal(call(copied(loss).eval(), *inputs), call(loss.eval(), *inputs))
 
 
 @every_loss

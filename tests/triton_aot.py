@@ -4,11 +4,12 @@ Runs in a process of its own, without TRITON_INTERPRET: the public functions are
 instead of starting, a kernel's launch is recorded. So what is compiled is what a launcher would start.
 """
 
+import importlib
 import json
 import os
+import pkgutil
 import re
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -58,7 +59,8 @@ ALIGNED = [["tt.divisibility", 16]]
 
 def kernels() -> dict[str, JITFunction]:
     """Every kernel of the package, by name."""
-    modules = [module for name, module in sys.modules.items() if name.startswith("camkernels.triton.")]
+    names = [found.name for found in pkgutil.iter_modules(camkernels.triton.__path__)]
+    modules = [importlib.import_module(f"camkernels.triton.{name}") for name in names]
     found = {name: value for module in modules for name, value in vars(module).items()}
     return {
         name: value for name, value in found.items() if isinstance(value, JITFunction) and "_kernel" in name

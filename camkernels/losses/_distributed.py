@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from camkernels.ops import _checks
+from camkernels import _checks
 
 
 def process_group(function: str, value: object) -> "dist.ProcessGroup | None":

@@ -1,10 +1,10 @@
-"""Checks that several losses make; messages as in ``camkernels.ops._checks``."""
+"""Checks that several losses make; messages as in ``camkernels._checks``."""
 
 from math import isfinite
 
 from torch import Tensor
 
-from camkernels.ops import _checks
+from camkernels import _checks
 
 
 def factor(function: str, argument: str, value: object) -> float:

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from camkernels import _checks
 from camkernels.losses import _inputs
-from camkernels.ops import _checks
 from camkernels.ops.cam_transform_mse import mean_squares
 from camkernels.transforms import Scale, Transform
 

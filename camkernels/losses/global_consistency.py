@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from camkernels import _checks
 from camkernels.losses import _distributed
-from camkernels.ops import _checks
 
 
 @torch.library.custom_op("camkernels::snapshot", mutates_args=())

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from camkernels import _checks
 from camkernels.losses import _inputs
-from camkernels.ops import _checks
 from camkernels.ops.negative_cam_loss import KINDS, loss_and_counts, positive_share
 
 
@@ -139,7 +139,7 @@ class HomogeneousNegativeCAMLoss(nn.Module):
         if not torch.compiler.is_exporting():  # torch.export refuses a graph that sets an attribute
             share = positive_share(features, positive, counts)
             # A wrapper is dead after the call, and no module that holds one can be copied or saved.
-            self.positive_share = share if torch.compiler.is_compiling() or _checks.is_plain(share) else None
+            self.positive_share = share if _checks.is_plain(share) else None
         return self.weight * loss
 
     def extra_repr(self) -> str:

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from camkernels import _checks
 from camkernels.losses import _inputs
-from camkernels.ops import _checks
 from camkernels.ops.local_level_loss import loss_of
 from camkernels.ops.otsu_mask import otsu_mask
 

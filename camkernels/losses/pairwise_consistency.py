@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from camkernels import _checks
 from camkernels.losses import _inputs
-from camkernels.ops import _checks
 
 _NO_CLASS = -100  # what F.nll_loss skips
 

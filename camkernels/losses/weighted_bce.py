@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from camkernels import _checks
 from camkernels.losses import _inputs
-from camkernels.ops import _checks
 
 
 class WeightedBCEWithLogits(nn.Module):

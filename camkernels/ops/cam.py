@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from camkernels import reference
-from camkernels._op import Arguments, Launch, Op, accumulate_dtype, like, per_class
-from camkernels.ops import _checks
+from camkernels import _checks, reference
+from camkernels._op import Op
+from camkernels._pass import Arguments, Launch, accumulate_dtype, define_kernel, like, per_class
 
 
 def fused_cam(
@@ -100,9 +100,10 @@ def _reference(
     return reference.cam(features, weight, target, bias=bias, normalize=normalize, eps=eps)
 
 
+_INPUTS = "Tensor features, Tensor weight, Tensor? target, Tensor? bias, bool normalize, float eps"
 CAM = Op(
     "cam",
-    "Tensor features, Tensor weight, Tensor? target, Tensor? bias, bool normalize, float eps",
+    _INPUTS,
     function="fused_cam",
     outputs="cam",
     kept="cam32 extent",
@@ -116,3 +117,4 @@ CAM = Op(
     launch_fwd=_launch,
     suits_cuda=lambda a: suits_cuda(a, _maps(a)),
 )
+define_kernel("cam_fwd", _INPUTS, "cam cam32 extent")

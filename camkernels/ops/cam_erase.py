@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from camkernels import reference
-from camkernels._op import Arguments, Launch, Op, define_kernel, empty_like, like, memory_format
-from camkernels.ops import _checks
+from camkernels import _checks, reference
+from camkernels._op import Op
+from camkernels._pass import Arguments, Launch, define_kernel, empty_like, like, memory_format
 from camkernels.ops.cam import allocate_maps, kept_map, suits_cuda
 
 
@@ -143,8 +143,8 @@ CAM_ERASE = Op(
     allocate=_allocate,
     reference=_reference,
     backward="Tensor? grad_erased, Tensor? grad_cam, Tensor features, Tensor weight, Tensor target, "
-    "Tensor? images, Tensor cam, Tensor extent, float threshold, float sharpness, float[] fill, bool nearest, "
-    "float eps, bool channels_last",
+    "Tensor? images, Tensor cam, Tensor extent, float threshold, float sharpness, float[] fill, "
+    "bool nearest, float eps, bool channels_last",
     gradients={
         "features": like("features"),
         "weight": like("weight"),

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from camkernels import reference
-from camkernels._op import Arguments, Launch, Op, define_kernel, like, memory_format
-from camkernels.ops import _checks
+from camkernels import _checks, reference
+from camkernels._op import Op
+from camkernels._pass import Arguments, Launch, define_kernel, like, memory_format
 from camkernels.ops.cam import allocate_maps, kept_map
 
 
@@ -215,7 +215,10 @@ CAM_SEEDS = Op(
         "weight": like("weight"),
         "seed_features": _of_seeds,
     },
-    flow=lambda a: {"vectors": "features" if a.seed_features is None else "seed_features", "cam": "features weight"},
+    flow=lambda a: {
+        "vectors": "features" if a.seed_features is None else "seed_features",
+        "cam": "features weight",
+    },
     save={
         **{name: _for_map(name) for name in ("features", "weight", "target", "cam", "extent")},
         "size": lambda a: _seeds_of(a).shape,

@@ -1,16 +1,29 @@
 """``fused_cam_transform_mse``: do heatmaps follow the transform of their image?"""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from camkernels._op import Arguments, Op, accumulate_dtype, like
-from camkernels.ops import _checks
+from camkernels import _checks
+from camkernels._op import Op
+from camkernels._pass import Arguments, accumulate_dtype, define_kernel, like
 from camkernels.reference.cam_transform_mse import mean_squares as reference_mean_squares
 from camkernels.reference.cam_transform_mse import reduce
-from camkernels.transforms import Affine, Scale, Transform
+from camkernels.transforms import (
+    Affine,
+    HorizontalFlip,
+    Rotate90,
+    Scale,
+    Transform,
+    Translate,
+    VerticalFlip,
+)
 
 # How the two maps meet, as the kernels are told.
-ONE_GRID, COMMON_NEAREST, COMMON_BILINEAR = range(3)
+ONE_GRID = 0
+COMMON_GRIDS = {"nearest": 1, "bilinear": 2}
 
 
 def fused_cam_transform_mse(
@@ -80,29 +93,49 @@ def mean_squares(
     _checks.flag(function, "detach_weight", detach_weight)
     _check_pair(function, features, features_t, transform)
 
-    if CAM_TRANSFORM_MSE.by_reference(function, features):
+    if CAM_TRANSFORM_MSE.backend(function, features) == "reference":
         return reference_mean_squares(features, features_t, weight, transform, detach_weight)
-    matrix = None
-    # An empty list comes back as None from a package of AOTInductor, so that of a resize holds zeros.
-    whole, fractions = [0] * 9, [0.0] * 2
-    comparison = ONE_GRID
-    if isinstance(transform, Affine):
-        matrix = transform.matrix.view(-1, 2, 3)
-    elif isinstance(transform, Scale):
-        comparison = COMMON_NEAREST if transform.mode == "nearest" else COMMON_BILINEAR
-    else:
-        found = transform.resampling(*features.shape[-2:])
-        if found is None:
-            raise TypeError(
-                f"{function}: transform is a {type(transform).__name__}, of which the kernels know nothing; "
-                "camkernels.use_backend('reference') takes any Transform"
-            )
-        whole, fractions = found.flat()
     weight = weight.detach() if detach_weight else weight
+    matrix = transform.matrix.view(-1, 2, 3) if isinstance(transform, Affine) else None
     means: Tensor = CAM_TRANSFORM_MSE(
-        function, features, features_t, weight, matrix, whole, fractions, comparison
+        function, features, features_t, weight, matrix, *_told(function, transform)
     )
     return means
+
+
+def _told(function: str, transform: Transform) -> tuple[str, float, float]:
+    """The transform in words that an op takes: a name and two numbers."""
+    if isinstance(transform, Scale):
+        return transform.mode, 0.0, 0.0
+    if isinstance(transform, Translate):
+        return "Translate", _checks.as_float(transform.dx), _checks.as_float(transform.dy)
+    if isinstance(transform, Rotate90):
+        return "Rotate90", float(transform.k % 4), 0.0
+    for kind in (HorizontalFlip, VerticalFlip, Affine):
+        if isinstance(transform, kind):
+            return kind.__name__, 0.0, 0.0
+    raise TypeError(
+        f"{function}: transform is a {type(transform).__name__}, of which the kernels know nothing; "
+        "camkernels.use_backend('reference') takes any Transform"
+    )
+
+
+def _geometry(a: Arguments) -> dict[str, Any]:
+    """What launchers are told: where each cell comes from, in numbers, and how the two maps meet."""
+    size = a.features.shape[-2:]
+    if a.transform in COMMON_GRIDS or a.transform == "Affine":
+        comparison = COMMON_GRIDS.get(a.transform, ONE_GRID)
+        return {"whole": [0] * 9, "fractions": [0.0] * 2, "comparison": comparison}
+    made: dict[str, Callable[[], Transform]] = {
+        "HorizontalFlip": HorizontalFlip,
+        "VerticalFlip": VerticalFlip,
+        "Rotate90": lambda: Rotate90(int(a.dx)),
+        "Translate": lambda: Translate(a.dx, a.dy),
+    }
+    found = made[a.transform]().resampling(*size)
+    assert found is not None  # each of these goes axis by axis
+    whole, fractions = found.flat()
+    return {"whole": whole, "fractions": fractions, "comparison": ONE_GRID}
 
 
 def _check_pair(function: str, features: Tensor, features_t: Tensor, transform: Transform) -> None:
@@ -118,10 +151,9 @@ def _check_pair(function: str, features: Tensor, features_t: Tensor, transform: 
     _checks.same_device(function, "features_t", features_t, features)
     if isinstance(transform, Scale):
         return
-    found = transform.resampling(*features.shape[-2:])
-    size = tuple(features.shape[-2:]) if found is None else found.size
-    if tuple(features_t.shape[-2:]) != size:
-        height, width = features.shape[-2:]
+    height, width = features.shape[-2:]
+    size = transform.mapped_size(height, width)
+    if features_t.shape[2] != size[0] or features_t.shape[3] != size[1]:
         raise ValueError(
             f"{function}: features_t has maps of {features_t.shape[-2]} x {features_t.shape[-1]}; "
             f"{type(transform).__name__} makes {size[0]} x {size[1]} of the {height} x {width} of features"
@@ -141,7 +173,7 @@ def _allocate(a: Arguments) -> None:
     accumulate = accumulate_dtype(a.features.dtype)
     images, classes = a.features.shape[0], a.weight.shape[0]
     cells = a.features_t.shape[2] * a.features_t.shape[3]
-    if a.comparison != ONE_GRID:
+    if a.transform in COMMON_GRIDS:
         cells = torch.sym_max(cells, a.features.shape[2] * a.features.shape[3])
     kept = (images, classes, cells) if a.keep else (0,)
     a.means = a.features.new_empty(images, classes, dtype=accumulate)
@@ -152,23 +184,37 @@ def _suits_cuda(a: Arguments) -> bool:
     """Maps that fit into shared memory on every GPU that the kernels are built for; and of half types no more
     classes than Triton would need matrix units for."""
     cells = a.features_t.shape[2] * a.features_t.shape[3]
-    if a.comparison != ONE_GRID:
+    if a.transform in COMMON_GRIDS:
         cells += a.features.shape[2] * a.features.shape[3]
     return cells <= 8192 and (a.features.dtype == torch.float32 or a.weight.shape[0] < 64)
 
 
 CAM_TRANSFORM_MSE = Op(
     "cam_transform_mse",
-    "Tensor features, Tensor features_t, Tensor weight, Tensor? matrix, SymInt[] whole, float[] fractions, "
-    "int comparison, bool keep",
+    "Tensor features, Tensor features_t, Tensor weight, Tensor? matrix, str transform, float dx, float dy, "
+    "bool keep",
     function="fused_cam_transform_mse",
     outputs="means",
     kept="kept",
     allocate=_allocate,
     reference=reference_mean_squares,
-    backward="Tensor grad_means, Tensor features, Tensor features_t, Tensor weight, Tensor? matrix, Tensor kept, "
-    "SymInt[] whole, float[] fractions, int comparison",
+    backward="Tensor grad_means, Tensor features, Tensor features_t, Tensor weight, Tensor? matrix, "
+    "Tensor kept, str transform, float dx, float dy",
     gradients={name: like(name) for name in ("features", "features_t", "weight")},
+    launch_fwd=lambda launch, a: launch("cam_transform_mse_fwd", a, **_geometry(a)),
+    launch_bwd=lambda launch, a: launch("cam_transform_mse_bwd", a, **_geometry(a)),
     channels_last="features features_t",
     suits_cuda=_suits_cuda,
+)
+_TOLD = "int[] whole, float[] fractions, int comparison"
+define_kernel(
+    "cam_transform_mse_fwd",
+    f"Tensor features, Tensor features_t, Tensor weight, Tensor? matrix, {_TOLD}, bool keep",
+    "means kept",
+)
+define_kernel(
+    "cam_transform_mse_bwd",
+    "Tensor grad_means, Tensor features, Tensor features_t, Tensor weight, Tensor? matrix, Tensor kept, "
+    f"{_TOLD}, bool need_features, bool need_features_t, bool need_weight",
+    "grad_features grad_features_t grad_weight",
 )

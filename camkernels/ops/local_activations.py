@@ -5,9 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from camkernels import reference
-from camkernels._op import Arguments, Op, like, per_class
-from camkernels.ops import _checks
+from camkernels import _checks, reference
+from camkernels._op import Op
+from camkernels._pass import Arguments, like, per_class
 
 
 class LocalActivations(NamedTuple):
@@ -76,8 +76,8 @@ LOCAL_ACTIVATIONS = Op(
     kept="winner attention_class",
     allocate=_allocate,
     reference=reference.local_activations,
-    backward="Tensor features, Tensor weight, Tensor? grad_activations, Tensor? grad_attention, Tensor winner, "
-    "Tensor attention_class",
+    backward="Tensor features, Tensor weight, Tensor? grad_activations, Tensor? grad_attention, "
+    "Tensor winner, Tensor attention_class",
     gradients={"features": like("features"), "weight": like("weight"), "bias": per_class},
     backends=("reference", "cpu", "triton"),
 )

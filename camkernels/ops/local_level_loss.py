@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
-from camkernels._op import Arguments, Op, accumulate_dtype, like
-from camkernels.ops import _checks
+from camkernels import _checks
+from camkernels._op import Op
+from camkernels._pass import Arguments, accumulate_dtype, like
 from camkernels.reference.local_level_loss import mean_loss
 
 TILE = 64  # pixels whose losses are added up in one number

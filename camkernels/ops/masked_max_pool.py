@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from camkernels import reference
-from camkernels._op import Arguments, Op, memory_format
-from camkernels.ops import _checks
+from camkernels import _checks, reference
+from camkernels._op import Op
+from camkernels._pass import Arguments, memory_format
 
 
 def masked_max_pool(features: Tensor, mask: Tensor) -> Tensor:

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from camkernels._op import Arguments, Launch, Op, accumulate_dtype, define_kernel, like, per_class
-from camkernels.ops import _checks
+from camkernels import _checks
+from camkernels._op import Op
+from camkernels._pass import Arguments, Launch, accumulate_dtype, define_kernel, like, per_class
 from camkernels.reference.negative_cam_loss import image_losses
 
 KINDS = ("mse", "uniform")
@@ -183,13 +184,16 @@ def _launch_bwd(launch: Launch, a: Arguments) -> None:
 
 
 _BACKWARD = (
-    "Tensor features, Tensor weight, Tensor grad_loss, Tensor chosen, Tensor counts, Tensor kept, bool uniform, "
-    "float temperature"
+    "Tensor features, Tensor weight, Tensor grad_loss, Tensor chosen, Tensor counts, Tensor kept, "
+    "bool uniform, float temperature"
+)
+_INPUTS = (
+    "Tensor features, Tensor weight, Tensor target, Tensor? bias, Tensor? logits, SymInt num_negatives, "
+    "bool uniform, float level, float temperature, bool keep"
 )
 NEGATIVE_CAM_LOSS = Op(
     "negative_cam_loss",
-    "Tensor features, Tensor weight, Tensor target, Tensor? bias, Tensor? logits, SymInt num_negatives, "
-    "bool uniform, float level, float temperature, bool keep",
+    _INPUTS,
     function="fused_negative_cam_loss",
     outputs="loss positive counts",
     kept="chosen kept",
@@ -204,6 +208,7 @@ NEGATIVE_CAM_LOSS = Op(
     launch_bwd=_launch_bwd,
     backends=("reference", "cpu", "triton"),
 )
+define_kernel("negative_cam_loss_fwd", _INPUTS, "losses positive counts chosen kept")
 define_kernel(
     "negative_cam_loss_bwd",
     f"{_BACKWARD}, bool need_features, bool need_weight, bool need_bias",

@@ -5,9 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from camkernels import reference
-from camkernels._op import Arguments, Op
-from camkernels.ops import _checks
+from camkernels import _checks, reference
+from camkernels._op import Op
+from camkernels._pass import Arguments
 
 
 class OtsuMask(NamedTuple):

@@ -208,4 +208,6 @@ def crop_and_zoom_bwd(
     width: int,
     grad_images: Tensor,  # [N, D, H0, W0]
 ) -> None:
-    launch(crop_and_zoom_bwd_kernel, grad_zoomed, boxes, grad_images, grad_images, grad_zoomed, 512, 8, BLOCK_K=8)
+    launch(
+        crop_and_zoom_bwd_kernel, grad_zoomed, boxes, grad_images, grad_images, grad_zoomed, 512, 8, BLOCK_K=8
+    )

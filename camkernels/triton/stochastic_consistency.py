@@ -181,7 +181,7 @@ def distances_bwd_kernel(
 
 
 def group(target: Tensor, adjacent: bool, order: Tensor, begin: Tensor, end: Tensor) -> None:
-    """Images of one class follow one another in ``order``; with ``adjacent``, only the images 2i and 2i + 1."""
+    """Images of one class follow one another in ``order``; with ``adjacent``, only images 2i and 2i + 1."""
     key = target.long()
     if adjacent:
         place = torch.arange(key.shape[0], device=key.device)

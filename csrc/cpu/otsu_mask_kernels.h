@@ -7,7 +7,6 @@
 #include <memory>
 
 #include "../shared/min_max.h"
-#include "../shared/otsu.h"
 #include "kernels.h"
 #include "vector.h"
 
@@ -35,6 +34,30 @@ Extrema<Real> extrema_of(const Real* map, int64_t pixels) {
   return extrema;
 }
 
+// A bin holds what is at its edge and above, and below the next bin's edge. `near` may be one off for
+// rounding; edges[bins] is infinite, as nothing is above the last bin, and nothing is below edges[0]. No
+// branches: the values do not foretell them.
+template <typename Real>
+int settled_bin(int near, Real value, const Real* edges) {
+  const int index = near - (value < edges[near]);
+  return index + (value >= edges[index + 1]);
+}
+
+// The pixels on one side of a threshold, summed bin after bin from that side's end: how many there are, in
+// float32 even for float64 maps, as scikit-image does; and of each the middle of its bin.
+template <typename Real>
+struct OtsuSide {
+  float count;
+  Real sum;
+};
+
+template <typename Real>
+Real variance_between(OtsuSide<Real> left, OtsuSide<Real> right) {
+  const Real difference =
+      left.sum / static_cast<Real>(left.count) - right.sum / static_cast<Real>(right.count);
+  return static_cast<Real>(left.count * right.count) * (difference * difference);
+}
+
 // What one thread needs to find thresholds of maps, one after another.
 //
 // Products go through memory before they are added to: in one expression the compiler would fuse the two, and
@@ -50,21 +73,23 @@ class OtsuScan {
 
   // Of a map that is not constant and whose range is finite; `near` holds as many as there are pixels.
   Real threshold(const Real* map, int64_t pixels, Extrema<Real> extrema, int32_t* near) {
-    const OtsuBins<Real> histogram(extrema.low, extrema.high, bins_);
+    const Real bins = static_cast<Real>(bins_);
+    const Real span = extrema.high - extrema.low, step = span / bins;
     Real* __restrict edges = reals_.get();
-    if (histogram.step != Real(0)) {
-      for (int i = 0; i < bins_; ++i) edges[i] = static_cast<Real>(i) * histogram.step;
-      for (int i = 0; i < bins_; ++i) edges[i] += histogram.low;
-    } else {
-      for (int i = 0; i < bins_; ++i) edges[i] = histogram.edge(i);
+    if (step != Real(0)) {
+      for (int i = 0; i < bins_; ++i) edges[i] = static_cast<Real>(i) * step;
+    } else {  // it underflows
+      for (int i = 0; i < bins_; ++i) edges[i] = static_cast<Real>(i) / bins * span;
     }
-    for (int64_t i = 0; i < pixels; ++i) near[i] = histogram.near_bin(map[i]);
+    for (int i = 0; i < bins_; ++i) edges[i] += extrema.low;
+    for (int64_t i = 0; i < pixels; ++i) {
+      near[i] = std::min(static_cast<int>((map[i] - extrema.low) / span * bins), bins_ - 1);
+    }
     std::fill_n(pixels_in_.get(), bins_, 0);
     edges[bins_] =
         std::numeric_limits<Real>::infinity();  // while bins are settled: nothing is above the last
-    const auto edge_of = [edges](int index) { return edges[index]; };
-    for (int64_t i = 0; i < pixels; ++i) ++pixels_in_[histogram.settled_bin(near[i], map[i], edge_of)];
-    edges[bins_] = histogram.high;
+    for (int64_t i = 0; i < pixels; ++i) ++pixels_in_[settled_bin<Real>(near[i], map[i], edges)];
+    edges[bins_] = extrema.high;
     return best_center(edges);
   }
 
@@ -80,7 +105,7 @@ class OtsuScan {
     float* __restrict in_bin = floats_.get();
     float* __restrict counts = in_bin + bins_;
     float* __restrict counts_above = counts + bins_;
-    for (int i = 0; i < bins_; ++i) centers[i] = bin_center(edges[i], edges[i + 1]);
+    for (int i = 0; i < bins_; ++i) centers[i] = (edges[i] + edges[i + 1]) / Real(2);
     for (int i = 0; i < bins_; ++i) in_bin[i] = static_cast<float>(pixels_in_[i]);
     for (int i = 0; i < bins_; ++i) products[i] = static_cast<Real>(in_bin[i]) * centers[i];
     OtsuSide<Real> below{}, above{};

@@ -46,7 +46,7 @@ void cam_bwd_cuda(const Tensor& grad_cam, const Tensor& features, const Tensor& 
   launch_cam_bwd(launcher, call);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(camkernels_cpp, CUDA, m) {
+CAMKERNELS_CUDA_LIBRARY(m) {
   m.impl("cam_fwd", TORCH_BOX(&cam_fwd_cuda));
   m.impl("cam_bwd", TORCH_BOX(&cam_bwd_cuda));
 }

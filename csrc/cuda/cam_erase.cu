@@ -57,7 +57,7 @@ void cam_erase_bwd_cuda(const Tensor& grad_erased, const std::optional<Tensor>& 
   launch_cam_erase_bwd(launcher, call);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(camkernels_cpp, CUDA, m) {
+CAMKERNELS_CUDA_LIBRARY(m) {
   m.impl("cam_erase_fwd", TORCH_BOX(&cam_erase_fwd_cuda));
   m.impl("cam_erase_bwd", TORCH_BOX(&cam_erase_bwd_cuda));
 }

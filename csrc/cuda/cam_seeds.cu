@@ -6,7 +6,7 @@ namespace camkernels::cuda {
 
 void cam_seeds_fwd_cuda(const Tensor& features, const Tensor& weight, const Tensor& target,
                         const std::optional<Tensor>& seeds, const std::optional<Tensor>& noise,
-                        int64_t num_seeds, double threshold, double eps, const Tensor& vectors,
+                        int64_t /* num_seeds */, double threshold, double eps, const Tensor& vectors,
                         const Tensor& indices, const Tensor& count, const Tensor& cam, const Tensor& cam32,
                         const Tensor& extent) {
   const Tensor& seed_features = seeds ? *seeds : features;
@@ -49,7 +49,7 @@ void cam_seeds_bwd_cuda(const Tensor& grad_vectors, const Tensor& indices, bool 
   launch_cam_seeds_bwd(launcher, call);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(camkernels_cpp, CUDA, m) {
+CAMKERNELS_CUDA_LIBRARY(m) {
   m.impl("cam_seeds_fwd", TORCH_BOX(&cam_seeds_fwd_cuda));
   m.impl("cam_seeds_bwd", TORCH_BOX(&cam_seeds_bwd_cuda));
 }

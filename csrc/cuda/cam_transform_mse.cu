@@ -73,7 +73,7 @@ void cam_transform_mse_bwd_cuda(const Tensor& grad_means, const Tensor& features
   launch_cam_transform_mse_bwd(launcher, call);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(camkernels_cpp, CUDA, m) {
+CAMKERNELS_CUDA_LIBRARY(m) {
   m.impl("cam_transform_mse_fwd", TORCH_BOX(&cam_transform_mse_fwd_cuda));
   m.impl("cam_transform_mse_bwd", TORCH_BOX(&cam_transform_mse_bwd_cuda));
 }

@@ -1,10 +1,13 @@
-// Launching a kernel on a tensor's device and the current stream, for the torch bindings.
+// How the torch bindings launch a kernel and register themselves: on a tensor's device and the current
+// stream, or in the emulator under CAMKERNELS_EMULATOR.
 #pragma once
 
+#ifndef CAMKERNELS_EMULATOR
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
+#endif
 
 #include <limits>
 #include <stdexcept>
@@ -14,9 +17,6 @@
 #include "plan.h"
 
 namespace camkernels::cuda {
-
-// `device` is the current one; the driver is asked once per device.
-const Hardware& hardware_of(int device);
 
 // A size that kernels count in an int, with room for what they add to it before they compare.
 inline int dimension_of(const Tensor& tensor, int64_t dimension) {
@@ -28,6 +28,19 @@ inline int dimension_of(const Tensor& tensor, int64_t dimension) {
   }
   return static_cast<int>(size);
 }
+
+}  // namespace camkernels::cuda
+
+#ifdef CAMKERNELS_EMULATOR
+#include "emulated_launch.h"
+#else
+
+#define CAMKERNELS_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(camkernels_cpp, CUDA, m)
+
+namespace camkernels::cuda {
+
+// `device` is the current one; the driver is asked once per device.
+const Hardware& hardware_of(int device);
 
 // Makes the tensor's device current while it lives.
 class CudaLauncher {
@@ -79,3 +92,5 @@ class CudaLauncher {
 };
 
 }  // namespace camkernels::cuda
+
+#endif

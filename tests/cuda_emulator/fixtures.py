@@ -1,14 +1,10 @@
 """The emulator as a fixture, built once for all workers of a test run."""
 
-import importlib
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from camkernels import _backend
 
 from . import emulation
 from .emulation import Emulator
@@ -23,10 +19,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def emulator(library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
-    """The emulated CUDA kernels, in the place of the Triton backend's launchers."""
-    kernels = Emulator.load(library)
-    monkeypatch.setitem(sys.modules, "camkernels.triton", kernels)
-    monkeypatch.setattr(_backend, "why_not", lambda *_: None)
-    assert importlib.import_module("camkernels.triton") is kernels
-    return kernels
+def emulator(library: Path) -> Iterator[Emulator]:
+    """Backend "cuda" serves CPU tensors, and is chosen."""
+    with emulation.serving(library) as machine:
+        yield machine

@@ -1,32 +1,18 @@
 // Kernels for the emulator's own tests: right ones, and the same with a mistake that it must give away.
 #pragma once
 
+#include <string_view>
+
 #include "cuda_emulator.h"
 
 namespace emulator {
-
-enum class Mistake : int {
-  kNone,
-  kNoBarrier,
-  kNoClusterBarrier,
-  kDivergingBarriers,
-  kThreadLeavesEarly,
-  kPartOfAWarpShuffles,
-  kBeyondTheEnd,
-  kWaitsWithoutArriving,
-  kArrivesTwice,
-  kNeverWaits,
-  kReadsBetweenArriveAndWait,
-  kReadsBeforeTheAtomic,
-  kNeverWrites,
-};
 
 inline constexpr int kMostThreads = 128;
 
 struct Reverse {
   const float* from;  // [blocks * threads]
   float* to;          // [blocks * threads]
-  Mistake mistake;
+  std::string_view mistake;
   bool fixed;  // in static shared memory
 };
 
@@ -37,30 +23,30 @@ inline void reverse_kernel(Reverse call) {
   __shared__ float fixed[kMostThreads];
   SharedMemory memory;
   float* shared = call.fixed ? fixed : memory.take<float>(threads);
-  if (call.mistake == Mistake::kThreadLeavesEarly && thread == 3) return;
-  const int at = call.mistake == Mistake::kBeyondTheEnd ? thread + 1 : thread;
+  if (call.mistake == "thread_leaves_early" && thread == 3) return;
+  const int at = call.mistake == "beyond_the_end" ? thread + 1 : thread;
   shared[at] = call.from[cluster_rank() * threads + thread];
-  if (call.mistake == Mistake::kDivergingBarriers) {
+  if (call.mistake == "diverging_barriers") {
     if (thread < threads / 2) {
       __syncthreads();
     } else {
       __syncthreads();
     }
   }
-  if (call.mistake == Mistake::kPartOfAWarpShuffles && thread % 2 == 0) {
+  if (call.mistake == "part_of_a_warp_shuffles" && thread % 2 == 0) {
     shared[thread] = __shfl_xor_sync(0xffffffffu, shared[thread], 2);
   }
-  if (call.mistake != Mistake::kNoBarrier) __syncthreads();
+  if (call.mistake != "no_barrier") __syncthreads();
   float value = shared[threads - 1 - thread];
   if (cluster_size() > 1) {
-    if (call.mistake != Mistake::kNoClusterBarrier) {
-      if (call.mistake != Mistake::kWaitsWithoutArriving) cluster_arrive();
-      if (call.mistake == Mistake::kArrivesTwice) cluster_arrive();
-      if (call.mistake != Mistake::kReadsBetweenArriveAndWait) cluster_wait();
+    if (call.mistake != "no_cluster_barrier") {
+      if (call.mistake != "waits_without_arriving") cluster_arrive();
+      if (call.mistake == "arrives_twice") cluster_arrive();
+      if (call.mistake != "reads_between_arrive_and_wait") cluster_wait();
     }
     value = cluster_peer(shared, cluster_size() - 1 - cluster_rank())[threads - 1 - thread];
     cluster_arrive();
-    if (call.mistake != Mistake::kNeverWaits) cluster_wait();
+    if (call.mistake != "never_waits") cluster_wait();
   }
   call.to[cluster_rank() * threads + thread] = value;
 }
@@ -68,17 +54,17 @@ inline void reverse_kernel(Reverse call) {
 struct BlockSums {
   const int* values;  // [blocks * threads]
   int* sums;          // [blocks]
-  Mistake mistake;
+  std::string_view mistake;
 };
 
 inline void block_sums_kernel(BlockSums call) {
   __shared__ int partial[kMostThreads];
   const int thread = static_cast<int>(threadIdx.x);
-  if (call.mistake != Mistake::kNeverWrites) {
+  if (call.mistake != "never_writes") {
     partial[thread] = call.values[blockIdx.x * blockDim.x + threadIdx.x];
   }
   for (int half = static_cast<int>(blockDim.x) / 2; half > 0; half /= 2) {
-    if (call.mistake != Mistake::kNoBarrier) __syncthreads();
+    if (call.mistake != "no_barrier") __syncthreads();
     if (thread < half) partial[thread] += partial[thread + half];
   }
   if (thread == 0) call.sums[blockIdx.x] = partial[0];
@@ -88,7 +74,7 @@ struct Histogram {
   const int* values;  // [blocks * threads]
   int* counts;        // [bins]
   int bins;           // up to kMostThreads
-  Mistake mistake;
+  std::string_view mistake;
 };
 
 // Counts in each block, then of all blocks.
@@ -98,7 +84,7 @@ inline void histogram_kernel(Histogram call) {
   if (thread < call.bins) counts[thread] = 0;
   __syncthreads();
   int& own = counts[call.values[blockIdx.x * blockDim.x + threadIdx.x]];
-  if (call.mistake == Mistake::kReadsBeforeTheAtomic) {
+  if (call.mistake == "reads_before_the_atomic") {
     const int before = own;
     atomicExch(&own, before + 1);
   } else {

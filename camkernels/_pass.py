@@ -1,0 +1,264 @@
+"""``Pass``: one op of ``torch.library``, whose tensors are allocated here and filled by a backend's launcher.
+
+A pass works on a namespace: it holds the arguments by name, then the tensors that the pass allocates. A
+launcher takes from it what its own signature names:
+
+    cpu, cuda  camkernels_cpp::<pass>, a C++ kernel under the key CPU or CUDA
+    triton     camkernels.triton.<pass>, a Python function
+"""
+
+import importlib
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+from operator import itemgetter
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from camkernels import _backend
+
+Arguments = SimpleNamespace  # the tensors and options of one call, by name
+Allocate = Callable[[Arguments], Any]
+CPP_SCHEMAS: dict[str, str] = {}  # of the C++ launchers, by name
+CPP_LIBRARIES = {"cpu": "camkernels_cpp", "cuda": "camkernels_cpp"}
+
+
+def _library(name: str) -> torch.library.Library:
+    """A library to define ops in. What an earlier import of camkernels defined there goes first: after a
+    purge of ``sys.modules`` the package is imported once more in one process."""
+    namespace = getattr(torch.ops, name)
+    earlier = vars(namespace).get("library")
+    if earlier is not None:
+        earlier._destroy()
+    library = torch.library.Library(name, "FRAGMENT")
+    namespace.library = library
+    return library
+
+
+LIBRARY = _library("camkernels")
+_CPP = _library("camkernels_cpp")  # filled by csrc/
+
+
+def memory_format(tensor: Tensor) -> torch.memory_format:
+    """channels_last where the tensor lies so and not the plain way too (one channel, one pixel)."""
+    if (
+        tensor.dim() == 4
+        and not tensor.is_contiguous()
+        and tensor.is_contiguous(memory_format=torch.channels_last)
+    ):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What kernels compute in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def empty_like(tensor: Tensor) -> Tensor:
+    """Dense, in the memory format of the tensor."""
+    return torch.empty_like(tensor, memory_format=memory_format(tensor))
+
+
+def like(name: str) -> Callable[[Arguments], Tensor]:
+    """A gradient of the shape, dtype and memory format of that argument."""
+    return lambda a: empty_like(getattr(a, name))
+
+
+def per_class(a: Arguments) -> Tensor:
+    """The gradient of a bias: one sum for each row of ``weight``, in the type that kernels compute in."""
+    return a.weight.new_empty(a.weight.shape[:-1], dtype=accumulate_dtype(a.features.dtype))
+
+
+def parse(arguments: str) -> dict[str, str]:
+    """Types of the arguments of a schema, by name."""
+    pairs = (argument.rsplit(" ", 1) for argument in arguments.split(", ") if argument)
+    return {name: kind for kind, name in pairs}
+
+
+def define_kernel(name: str, reads: str, writes: str) -> None:
+    """Declare a launcher of the C++ backends: its arguments, then the tensors that it fills."""
+    filled = (f"Tensor({chr(97 + i)}!) {output}" for i, output in enumerate(writes.split()))
+    CPP_SCHEMAS[name] = f"{name}({', '.join((reads.replace('SymInt', 'int'), *filled))}) -> ()"
+    _CPP.define(CPP_SCHEMAS[name])
+
+
+@cache
+def _launcher(backend: str, kernel: str) -> tuple[Callable[..., None], Callable[..., Any]]:
+    """A backend's launcher, and what takes its arguments from a namespace."""
+    if backend == "triton":
+        launch = getattr(importlib.import_module(f"camkernels.triton.{kernel[:-4]}"), kernel)  # less _fwd
+        names: list[str] = list(inspect.signature(launch).parameters)
+    else:
+        launch = getattr(getattr(torch.ops, CPP_LIBRARIES[backend]), kernel).default
+        names = [argument.name for argument in launch._schema.arguments]
+    return launch, itemgetter(*names)
+
+
+def clear_caches() -> None:
+    _launcher.cache_clear()
+
+
+class Launch:
+    """Starts kernels of one backend: ``launch("cam_bwd", a, normalize=True)``."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+
+    def __call__(self, kernel: str, a: Arguments, **changed: Any) -> None:
+        launch, pick = _launcher(self.backend, kernel)
+        launch(*pick({**a.__dict__, **changed} if changed else a.__dict__))
+
+
+_LAUNCHES = {backend: Launch(backend) for backend in _backend.BACKENDS}
+
+
+def _is_open(number: float) -> bool:
+    """Whether torch.compile, which is tracing, keeps the number open: the graph is for other values, too.
+
+    Dynamo shows such a number as a plain float. But of a constant it knows whether it equals another one. The
+    sine hides what is known of the number's range.
+    """
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    hidden, other = math.sin(math.atan(number)), 0.1234567
+    return not (statically_known_true(hidden == other) or statically_known_true(hidden != other))
+
+
+def settled(number: float) -> float:
+    """A number of no meaning in place of one that is open, 0 only for 0."""
+    return 1.0 if number else 0.0
+
+
+def open_numbers(floats: list[float]) -> Tensor | None:
+    """All of them in a tensor, if torch.compile keeps one of them open.
+
+    An op's argument of type float would be fixed to its first value: some versions then compile anew for
+    each other value, and some go on with the first one. Only a sum with a tensor stays open.
+    """
+    if not any(_is_open(number) for number in floats):
+        return None
+    zero = torch.zeros((), dtype=torch.float64)
+    return torch.stack([zero + number for number in floats])
+
+
+class Pass:
+    """One op of ``torch.library`` that allocates tensors and has a backend fill them.
+
+    Beside its arguments it takes ``numbers``: None, or the values of all its options of type float.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        arguments: str,
+        results: str,
+        *,
+        fills: str,
+        allocate: Allocate,
+        arrange: Allocate | None,
+        launch: Callable[[Launch, Arguments], None] | None,
+        finish: Allocate | None,
+        channels_last: frozenset[str],
+        backends: tuple[str, ...],
+        suits_cuda: Callable[[Arguments], bool],
+    ) -> None:
+        self.name, self.backends = name, backends
+        types = parse(arguments)
+        self.floats = [n for n, kind in types.items() if kind in ("float", "float[]")]
+        self.names = (*types, "numbers", "backend")
+        self.results = results.split()
+        self._fills = fills.split()
+        self._tensors = [n for n, kind in types.items() if kind.startswith("Tensor")]
+        self._channels_last = channels_last
+        self._allocate, self._arrange, self._finish = allocate, arrange, finish
+        self._suits_cuda = suits_cuda
+        self._launch = launch
+        self._tensors_at = [i for i, kind in enumerate(types.values()) if kind.startswith("Tensor")]
+        self._results_of = itemgetter(*self.results)
+        returned = ", ".join("Tensor" for _ in self.results)
+        tags = (torch.Tag.pt2_compliant_tag,)
+        LIBRARY.define(f"{name}({arguments}, Tensor? numbers, str backend) -> ({returned})", tags=tags)
+        LIBRARY.impl(name, self.run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"camkernels::{name}", self._fake, lib=LIBRARY)
+        self.dispatched = getattr(torch.ops.camkernels, name).default
+
+    def _prepared(self, args: Sequence[Any]) -> Arguments:
+        """Arguments that kernels can read in place, and what they fill."""
+        a = SimpleNamespace()
+        found = a.__dict__
+        found.update(zip(self.names, args, strict=True))
+        for name in self._tensors:
+            tensor = found[name]
+            if tensor is None or tensor.is_contiguous():
+                continue
+            if not (name in self._channels_last and memory_format(tensor) == torch.channels_last):
+                found[name] = tensor.contiguous()
+        if self._arrange is not None:
+            self._arrange(a)
+        self._allocate(a)
+        return a
+
+    def _returned(self, a: Arguments) -> Any:
+        if self._finish is not None:
+            self._finish(a)
+        return self._results_of(a.__dict__)
+
+    def _fake(self, *args: Any) -> Any:
+        return self._returned(self._prepared(args))
+
+    def _read_numbers(self, a: Arguments) -> None:
+        values = iter(a.numbers.tolist())
+        found = vars(a)
+        for name in self.floats:
+            many = isinstance(found[name], list)
+            found[name] = [next(values) for _ in found[name]] if many else next(values)
+
+    def run(self, *args: Any) -> Any:
+        """The results, by the backend that is asked for: what the dispatcher calls."""
+        first = next(x for x in args if x is not None)
+        return self.fill(
+            args, _backend.resolve(self.name, args[-1], first.device, first.dtype, self.backends)
+        )
+
+    def fill(self, args: Sequence[Any], backend: str) -> Any:
+        """The results, by that backend."""
+        a = self._prepared(args)
+        if a.numbers is not None:
+            self._read_numbers(a)
+        first = args[0] if args[0] is not None else args[1]
+        if first.shape[0] == 0:  # no image: nothing to launch, gradients of parameters are zero
+            for name in self._fills:
+                getattr(a, name).zero_()
+            return self._returned(a)
+        if backend == "cuda" and a.backend == "auto" and not self._suits_cuda(a):
+            unable = _backend.why_not("triton", first.device, first.dtype)
+            backend = "triton" if unable is None else backend
+        if self._launch is None:
+            launch, pick = _launcher(backend, self.name)
+            launch(*pick(a.__dict__))
+        else:
+            self._launch(_LAUNCHES[backend], a)
+        return self._returned(a)
+
+    def may_be_direct(self, args: Sequence[Any]) -> bool:
+        """Whether a call may bypass the dispatcher: nothing traces it, and its tensors are no more than
+        tensors, but have data."""
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._len_torch_dispatch_stack() != 0
+            or torch._C._are_functorch_transforms_active()
+            or torch._C._get_tracing_state() is not None
+        ):
+            return False
+        for place in self._tensors_at:
+            value = args[place]
+            kind = type(value)
+            if value is not None and ((kind is not Tensor and kind is not Parameter) or value.is_meta):
+                return False
+        return True
