@@ -349,7 +349,8 @@ def integer(function: str, argument: str, value: object, low: int, high: int | N
     """A symbolic one stays symbolic: torch.compile does not fix it."""
     if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
         raise wrong_type(function, argument, value, f"it must be {allowed}")
-    if value < low or (high is not None and value > high):
+    number: Any = value
+    if number < low or (high is not None and number > high):
         raise ValueError(f"{function}: {argument} is {value}; it must be {allowed}")
     return value if isinstance(value, torch.SymInt) else int(value)  # type: ignore[return-value]
 
@@ -430,8 +431,9 @@ def fill(function: str, value: object, channels: int) -> list[float]:
     elif len(value) == channels:
         return [as_float(item) for item in value]
     error = ValueError if wrong is None else TypeError
+    count = len(value) if isinstance(value, Sequence) else 0
     raise error(
-        f"{function}: fill {wrong or f'has {len(value)} numbers'}; it must be a number or {channels} "
+        f"{function}: fill {wrong or f'has {count} numbers'}; it must be a number or {channels} "
         "numbers, one for each channel of images"
     )
 

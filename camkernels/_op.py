@@ -35,6 +35,7 @@ from camkernels._pass import (
     define_kernel,
     open_numbers,
     parse,
+    settled,
 )
 
 Gradients = tuple[Tensor | None, ...]
@@ -119,7 +120,7 @@ class Op:
         self._keeps = names[-1] == "keep"
         self._outputs = outputs.split()
         fills = f"{scratch or outputs} {kept}".strip()
-        shared = {
+        shared: dict[str, Any] = {
             "channels_last": frozenset(channels_last.split()),
             "backends": backends,
             "suits_cuda": suits_cuda,
@@ -194,9 +195,9 @@ class Op:
 
             @staticmethod
             def forward(ctx: Any, *args: Any) -> Any:
-                *args, backend = args  # the one that serves, after the one that was asked for
-                results = op.forward.fill(args, backend)
-                op._setup(ctx, args, results)
+                # The last one is the backend that serves, after the one that was asked for.
+                results = op.forward.fill(args[:-1], args[-1])
+                op._setup(ctx, args[:-1], results)
                 return op._public(results)
 
             @staticmethod
@@ -249,10 +250,10 @@ class Op:
         numbers = open_numbers([x for i, many in places for x in (args[i] if many else [args[i]])])
         if numbers is None:
             return args, None
-        settled = list(args)
+        changed = list(args)
         for i, many in places:
-            settled[i] = [settled(x) for x in args[i]] if many else settled(args[i])
-        return tuple(settled), numbers
+            changed[i] = [settled(x) for x in args[i]] if many else settled(args[i])
+        return tuple(changed), numbers
 
     def _public(self, results: Any) -> Any:
         """The outputs among the results of the forward pass."""
@@ -276,8 +277,16 @@ class Op:
         found |= {name: value(a) for name, value in self._save.items()}
         ctx.options = [found[name] for name in self._options]
         ctx.backend = a.backend
+        if a.numbers is not None:
+            a.numbers = self._numbers_of_backward(a)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*[found[name] for name in self._saved])
+
+    def _numbers_of_backward(self, a: Arguments) -> Tensor:
+        """Those of ``numbers`` that are options of the backward pass, in its order."""
+        counts = [len(getattr(a, n)) if isinstance(getattr(a, n), list) else 1 for n in self.forward.floats]
+        parts = dict(zip(self.forward.floats, a.numbers.split(counts), strict=True))
+        return torch.cat([parts[n] for n in self.backward.floats] or [a.numbers[:0]])
 
     def _backward(self, ctx: Any, *grads: Tensor | None) -> Gradients:
         """Gradients of all arguments of the forward pass.

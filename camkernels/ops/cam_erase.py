@@ -99,8 +99,17 @@ def _reference(
 ) -> tuple[Tensor, Tensor]:
     _checks.classes_in_range("fused_cam_erase", target, weight.shape[0])
     mode = "nearest" if nearest else "bilinear"
-    options = {"threshold": threshold, "sharpness": sharpness or None, "fill": fill, "mode": mode, "eps": eps}
-    erased, cam = reference.cam_erase(features, weight, target[:, 0], images, **options)
+    erased, cam = reference.cam_erase(
+        features,
+        weight,
+        target[:, 0],
+        images,
+        threshold=threshold,
+        sharpness=sharpness or None,
+        fill=fill,
+        mode=mode,
+        eps=eps,
+    )
     return erased, cam[:, None]
 
 
