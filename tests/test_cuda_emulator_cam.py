@@ -261,6 +261,8 @@ def test_maps_whose_pixels_no_int_counts(emulator):
         OPS.cam_transform_mse_bwd(
             extent, small, huge, weight, None, huge, *flip, True, True, True, small, huge, weight
         )
+    with pytest.raises(RuntimeError, match=f"cam_seeds_bwd: {message}"):
+        OPS.cam_seeds_bwd(torch.zeros(1, 1, 1), target, False, huge)
     with pytest.raises(RuntimeError, match="an image of 8589934592 elements is larger"):
         OPS.cam_erase_fwd(small, weight, target, huge, *erase, 1e-8, huge, small, none, extent)
     assert not emulator.kernels()
