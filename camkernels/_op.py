@@ -319,8 +319,9 @@ class Op:
             known[f"need_{n}"] = n in needs
         args = [known[name] for name in self.backward.names]
         # A batch of gradients comes as tensors that have no storage.
-        direct = all(grad is None or torch._C._has_storage(grad) for grad in grads)
-        direct = direct and self.backward.may_be_direct(args)
+        direct = self.backward.may_be_direct(args) and all(
+            grad is None or torch._C._has_storage(grad) for grad in grads
+        )
         run = self.backward.run if direct else self.backward.dispatched
         results = run(*args)
         results = results if isinstance(results, tuple) else (results,)
