@@ -110,7 +110,7 @@ def _told(function: str, transform: Transform) -> tuple[str, float, float]:
     if isinstance(transform, Translate):
         return "Translate", _checks.as_float(transform.dx), _checks.as_float(transform.dy)
     if isinstance(transform, Rotate90):
-        return "Rotate90", float(transform.k % 4), 0.0
+        return "Rotate90", float(transform.k), 0.0
     for kind in (HorizontalFlip, VerticalFlip, Affine):
         if isinstance(transform, kind):
             return kind.__name__, 0.0, 0.0
