@@ -232,7 +232,9 @@ class Op:
         if torch.is_grad_enabled():
             for place in self._differentiable:
                 tensor = args[place]
-                needed = needed or (tensor is not None and tensor.requires_grad)
+                if tensor is not None and tensor.requires_grad:
+                    needed = True
+                    break
         if self._keeps:
             args = (*args, needed)
         numbers = None
@@ -270,11 +272,12 @@ class Op:
         results = output if isinstance(output, tuple) else (output,)
         found.update(zip(self.forward.results, results, strict=True))
         ctx.flow = flow = self._flow(a)
-        a.needed = {n for n, i in self._gradients_at if ctx.needs_input_grad[i]}
-        ctx.mark_non_differentiable(
-            *[found[n] for n in self.forward.results if a.needed.isdisjoint(_words(flow.get(n, "")))]
-        )
-        found |= {name: value(a) for name, value in self._save.items()}
+        a.needed = needed = {n for n, i in self._gradients_at if ctx.needs_input_grad[i]}
+        constant = [found[n] for n in self.forward.results if needed.isdisjoint(_words(flow.get(n, "")))]
+        if constant:
+            ctx.mark_non_differentiable(*constant)
+        if self._save:
+            found |= {name: value(a) for name, value in self._save.items()}
         ctx.options = [found[name] for name in self._options]
         ctx.backend = a.backend
         if a.numbers is not None:

@@ -222,9 +222,13 @@ class Pass:
     def run(self, *args: Any) -> Any:
         """The results, by the backend that is asked for: what the dispatcher calls."""
         first = next(x for x in args if x is not None)
-        return self.fill(
-            args, _backend.resolve(self.name, args[-1], first.device, first.dtype, self.backends)
-        )
+        backend = _backend.resolve(self.name, args[-1], first.device, first.dtype, self.backends)
+        if backend == "reference":  # a graph that was made where there were kernels
+            raise RuntimeError(
+                f"{self.name}: no backend here has kernels for {first.device} tensors of {first.dtype}; "
+                "python -m camkernels doctor says why"
+            )
+        return self.fill(args, backend)
 
     def fill(self, args: Sequence[Any], backend: str) -> Any:
         """The results, by that backend."""
