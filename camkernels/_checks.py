@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from camkernels.reference.cam import accumulate_dtype
+from camkernels._pass import accumulate_dtype, is_watched
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INDICES = (torch.int64, torch.int32)
@@ -37,7 +37,7 @@ def values_are_readable(tensor: Tensor) -> bool:
         not torch.compiler.is_compiling()  # first: Dynamo need not trace the rest
         and tensor.device.type == "cpu"
         and is_plain(tensor)
-        and torch._C._len_torch_dispatch_stack() == 0  # as under make_fx, which makes numbers constants
+        and not is_watched()  # as by make_fx, which makes numbers constants
     )
 
 
@@ -47,6 +47,15 @@ def wrong_type(function: str, argument: str, value: object, allowed: str) -> Typ
 
 def wrong_shape(function: str, argument: str, value: Tensor, allowed: str) -> ValueError:
     return ValueError(f"{function}: {argument} has shape {list(value.shape)}; {allowed}")
+
+
+def dense(function: str, argument: str, value: Tensor) -> Tensor:
+    if value.layout is not torch.strided or value.is_nested:
+        layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.").lstrip("_")
+        raise TypeError(
+            f"{function}: {argument} is {layout}; it must be a dense tensor, as .to_dense() makes it"
+        )
+    return value
 
 
 def tensor(
@@ -64,11 +73,7 @@ def tensor(
         held = next((name for name in names if isinstance(getattr(value, name, 0), Tensor)), None)
         hint = "" if held is None else f": pass its .{held}"
         raise wrong_type(function, argument, value, f"it must be a tensor {shape}{hint}")
-    if value.layout is not torch.strided or value.is_nested:
-        layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.").lstrip("_")
-        raise TypeError(
-            f"{function}: {argument} is {layout}; it must be a dense tensor, as .to_dense() makes it"
-        )
+    dense(function, argument, value)
     if value.dtype not in dtypes:
         allowed = ", ".join(map(dtype_name, dtypes))
         raise TypeError(f"{function}: {argument} has dtype {dtype_name(value.dtype)}; allowed are {allowed}")
@@ -141,7 +146,10 @@ def local_weight(function: str, value: object, features: Tensor) -> Tensor:
         raise wrong_shape(function, "weight", value, allowed)
     value = tensor(function, "weight", value, "[n, L + 1, C]", (3,))
     if value.shape[1] < 2 or not 1 <= value.shape[0] <= 256:
-        allowed = "[n, L + 1, C] must have 1 to 256 classifiers and at least 2 classes, the last background"
+        allowed = (
+            "[n, L + 1, C] must have 1 to 256 classifiers and at least 2 classes, the last being the "
+            "background"
+        )
         raise wrong_shape(function, "weight", value, allowed)
     return same_channels(function, value, features)
 
@@ -171,7 +179,7 @@ def local_bias(function: str, value: object, weight: Tensor) -> Tensor | None:
 
 def mask(function: str, value: object, like: Tensor | None = None, argument: str = "features") -> Tensor:
     """Bool [N, H, W], of the images and pixels of ``like``, the [N, ..., H, W] that is named ``argument``."""
-    value = tensor(function, "mask", value, "[N, H, W], as otsu_mask(attention).mask", (3,), (torch.bool,))
+    value = tensor(function, "mask", value, "[N, H, W] of bool", (3,), (torch.bool,))
     not_empty(function, "mask", value, "H and W")
     if like is None:
         return value
@@ -258,7 +266,7 @@ def boxes(function: str, value: object, images: Tensor) -> Tensor:
         if x0 >= 1 or y0 >= 1 or x1 <= 0 or y1 <= 0 or max(x1 - x0, y1 - y0) > LARGEST_BOX:
             raise ValueError(
                 f"{function}: boxes holds {box} for image {index}, which lies outside the image or is over "
-                f"{LARGEST_BOX} times its size; boxes are fractions of width and height: divide pixels by it"
+                f"{LARGEST_BOX} times its size; boxes are fractions of the sides: divide pixels by these"
             )
     return value
 
@@ -285,13 +293,13 @@ def target(
 def classes_or_multi_hot(function: str, value: object, features: Tensor, weight: Tensor) -> Tensor:
     """The class of each image, or for each class whether an image shows it."""
     shape = "[N], int64 or int32, or [N, L], bool, integer or float"
-    if not isinstance(value, Tensor) or value.dim() != 2:
+    if not isinstance(value, Tensor) or value.is_nested or value.dim() != 2:
         return target(function, value, features, shape, (1,))
     if value.dtype.is_complex:
         raise TypeError(
             f"{function}: target has dtype {dtype_name(value.dtype)}; [N, L] may be bool, integer or float"
         )
-    return per_class(function, "target", value, features, weight)
+    return per_class(function, "target", dense(function, "target", value), features, weight)
 
 
 def class_scores(

@@ -206,9 +206,8 @@ class Op:
 
         Function.__name__ = Function.__qualname__ = self.name
         self._function = Function
-        torch.library.register_autograd(
-            f"camkernels::{self.name}_fwd", self._backward, setup_context=self._setup, lib=LIBRARY
-        )
+        for overload in filter(None, (self.forward.dispatched, self.forward.dispatched_open)):
+            torch.library.register_autograd(overload, self._backward, setup_context=self._setup, lib=LIBRARY)
 
     def backend(self, function: str, first: Tensor, *others: Tensor | None) -> str:
         """The backend that serves these tensors; errors name ``function``."""
@@ -242,8 +241,8 @@ class Op:
             args, numbers = self._with_open_numbers(args)
         args = (*args, numbers, _backend.setting())
         if not self.forward.may_be_direct(args):
-            return self._public(self.forward.dispatched(*args))
-        if needed or forward_ad._current_level >= 0:
+            return self._public(self.forward.dispatch(args))
+        if needed or (self._differentiable and forward_ad._current_level >= 0):
             return self._function.apply(*args, backend)
         return self._public(self.forward.fill(args, backend))
 
@@ -325,8 +324,7 @@ class Op:
         direct = self.backward.may_be_direct(args) and all(
             grad is None or torch._C._has_storage(grad) for grad in grads
         )
-        run = self.backward.run if direct else self.backward.dispatched
-        results = run(*args)
+        results = self.backward.run(*args) if direct else self.backward.dispatch(args)
         results = results if isinstance(results, tuple) else (results,)
         for (n, i), grad in zip(self._gradients_at, results, strict=True):
             gradients[i] = grad if n in needs else None

@@ -44,13 +44,37 @@ LIBRARY = _library("camkernels")
 _CPP = _library("camkernels_cpp")  # filled by csrc/
 
 
+def is_watched() -> bool:
+    """Whether something looks at the operations: a dispatch mode, a transform of ``torch.func``, a trace."""
+    return (
+        torch._C._len_torch_dispatch_stack() != 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch._ops._len_torch_dispatch_stack_pre_dispatch() != 0
+    )
+
+
+def is_dense(tensor: Tensor, layout: torch.memory_format = torch.contiguous_format) -> bool:
+    """Whether the tensor is contiguous in that layout, also where a trace has sizes that depend on data."""
+    try:
+        return tensor.is_contiguous(memory_format=layout)
+    except Exception as error:
+        from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, statically_known_true
+
+        if not isinstance(error, GuardOnDataDependentSymNode):
+            raise
+        expected: int = 1
+        inner_first = (1, 3, 2, 0) if layout == torch.channels_last else reversed(range(tensor.dim()))
+        for dim in inner_first:
+            if not statically_known_true(tensor.stride(dim) == expected):
+                return False
+            expected = expected * tensor.shape[dim]
+        return True
+
+
 def memory_format(tensor: Tensor) -> torch.memory_format:
     """channels_last where the tensor lies so and not the plain way too (one channel, one pixel)."""
-    if (
-        tensor.dim() == 4
-        and not tensor.is_contiguous()
-        and tensor.is_contiguous(memory_format=torch.channels_last)
-    ):
+    if tensor.dim() == 4 and not is_dense(tensor) and is_dense(tensor, torch.channels_last):
         return torch.channels_last
     return torch.contiguous_format
 
@@ -92,7 +116,9 @@ def define_kernel(name: str, reads: str, writes: str) -> None:
 def _launcher(backend: str, kernel: str) -> tuple[Callable[..., None], Callable[..., Any]]:
     """A backend's launcher, and what takes its arguments from a namespace."""
     if backend == "triton":
-        launch = getattr(importlib.import_module(f"camkernels.triton.{kernel[:-4]}"), kernel)  # less _fwd
+        launch = getattr(
+            importlib.import_module(f"camkernels.triton.{kernel[:-4]}"), kernel
+        )  # less _fwd or _bwd
         names: list[str] = list(inspect.signature(launch).parameters)
     else:
         launch = getattr(getattr(torch.ops, CPP_LIBRARIES[backend]), kernel).default
@@ -143,7 +169,7 @@ def open_numbers(floats: list[float]) -> Tensor | None:
     """
     if not any(_is_open(number) for number in floats):
         return None
-    zero = torch.zeros((), dtype=torch.float64)
+    zero = torch.zeros((), dtype=torch.float64, device="cpu")  # read by the host, whatever the default device
     return torch.stack([zero + number for number in floats])
 
 
@@ -182,11 +208,21 @@ class Pass:
         self._tensors_at = [i for i, kind in enumerate(types.values()) if kind.startswith("Tensor")]
         self._results_of = itemgetter(*self.results)
         returned = ", ".join("Tensor" for _ in self.results)
-        tags = (torch.Tag.pt2_compliant_tag,)
-        LIBRARY.define(f"{name}({arguments}, Tensor? numbers, str backend) -> ({returned})", tags=tags)
+        signature = f"({arguments}, Tensor? numbers, str backend) -> ({returned})"
+        self.dispatched = self._define(name, signature, (torch.Tag.pt2_compliant_tag,))
+        # A CUDA graph would go on with the numbers that it was captured with.
+        tags = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
+        self.dispatched_open = self._define(f"{name}_open", signature, tags) if self.floats else None
+
+    def _define(self, name: str, signature: str, tags: tuple[torch.Tag, ...]) -> Any:
+        LIBRARY.define(name + signature, tags=tags)
         LIBRARY.impl(name, self.run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"camkernels::{name}", self._fake, lib=LIBRARY)
-        self.dispatched = getattr(torch.ops.camkernels, name).default
+        return getattr(torch.ops.camkernels, name).default
+
+    def dispatch(self, args: Sequence[Any]) -> Any:
+        """The results, by way of the dispatcher."""
+        return (self.dispatched if args[-2] is None else self.dispatched_open)(*args)
 
     def _prepared(self, args: Sequence[Any]) -> Arguments:
         """Arguments that kernels can read in place, and what they fill."""
@@ -195,7 +231,7 @@ class Pass:
         found.update(zip(self.names, args, strict=True))
         for name in self._tensors:
             tensor = found[name]
-            if tensor is None or tensor.is_contiguous():
+            if tensor is None or is_dense(tensor):
                 continue
             if not (name in self._channels_last and memory_format(tensor) == torch.channels_last):
                 found[name] = tensor.contiguous()
@@ -253,16 +289,16 @@ class Pass:
     def may_be_direct(self, args: Sequence[Any]) -> bool:
         """Whether a call may bypass the dispatcher: nothing traces it, and its tensors are no more than
         tensors, but have data."""
-        if (
-            torch.compiler.is_compiling()
-            or torch._C._len_torch_dispatch_stack() != 0
-            or torch._C._are_functorch_transforms_active()
-            or torch._C._get_tracing_state() is not None
-        ):
+        if torch.compiler.is_compiling() or is_watched():
             return False
         for place in self._tensors_at:
             value = args[place]
+            if value is None:
+                continue
             kind = type(value)
-            if value is not None and ((kind is not Tensor and kind is not Parameter) or value.is_meta):
+            if (kind is not Tensor and kind is not Parameter) or value.is_meta:
+                return False
+            # Plain to Python only: its data are other numbers than its bytes say, or not there.
+            if value.is_neg() or value._is_zerotensor() or torch._is_functional_tensor(value):
                 return False
         return True

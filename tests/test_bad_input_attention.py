@@ -110,27 +110,27 @@ OTSU_MASK = [
     ({"bins": 4097}, ValueError, "bins is 4097; it must be an integer from 2 to 4096"),
 ]
 
-BOOL = "it must be bool, as otsu_mask makes it of an attention map"
+BOOL = "allowed are bool"
 
 OF_MASK = [
-    ({"mask": None}, TypeError, "mask is a NoneType; it must be a bool tensor [N, H, W]"),
+    ({"mask": None}, TypeError, "mask is a NoneType; it must be a tensor [N, H, W] of bool"),
     (
         {"mask": OtsuMask(MASK, ATTENTION)},
         TypeError,
-        "mask is a OtsuMask; it must be a bool tensor [N, H, W]: pass its .mask",
+        "mask is a OtsuMask; it must be a tensor [N, H, W] of bool: pass its .mask",
     ),
     ({"mask": MASK.float()}, TypeError, f"mask has dtype float32; {BOOL}"),
     ({"mask": MASK.byte()}, TypeError, f"mask has dtype uint8; {BOOL}"),
-    ({"mask": MASK[0]}, ValueError, "mask has shape [4, 5]; it must be [N, H, W], H and W at least 1"),
+    ({"mask": MASK[0]}, ValueError, "mask has shape [4, 5]; it must be [N, H, W] of bool"),
     (
         {"mask": MASK[:, None]},
         ValueError,
-        "mask has shape [2, 1, 4, 5]; it must be [N, H, W], H and W at least 1",
+        "mask has shape [2, 1, 4, 5]; it must be [N, H, W] of bool",
     ),
     (
         {"mask": MASK[:, :0]},
         ValueError,
-        "mask has shape [2, 0, 5]; it must be [N, H, W], H and W at least 1",
+        "mask has shape [2, 0, 5]; H and W must be at least 1 (N may be 0)",
     ),
 ]
 
@@ -186,12 +186,16 @@ LOCAL_LEVEL_LOSS = [
         (
             {"target": torch.tensor([0, label])},
             IndexError,
-            f"target holds class {label}; activations has 3 classes beside the background, being "
-            "[2, 4, 4, 5], so it must be in [0, 3) or the ignore_index -100",
+            f"target holds class {label}; activations has 3 classes beside the background, "
+            "so it must be in [0, 3) or the ignore_index -100",
         )
         for label in (-1, 3)
     ),
-    ({"ignore_index": None}, TypeError, "ignore_index is a NoneType; it must be an integer"),
+    (
+        {"ignore_index": None},
+        TypeError,
+        "ignore_index is a NoneType; it must be an integer that fits into 64 bits",
+    ),
 ]
 
 
@@ -248,8 +252,8 @@ CROP_AND_ZOOM = [
         (
             {"boxes": box(*numbers)},
             ValueError,
-            f"boxes holds {list(numbers)} for image 1, which lies outside the image; boxes are fractions of "
-            "width and height: divide pixels by them",
+            f"boxes holds {list(numbers)} for image 1, which lies outside the image or is over 4 times its "
+            "size; boxes are fractions of the sides: divide pixels by these",
         )
         for numbers in (
             (10.0, 20.0, 50.0, 60.0),
@@ -257,6 +261,8 @@ CROP_AND_ZOOM = [
             (0.0, 1.0, 1.0, 1.5),
             (-0.5, 0.0, 0.0, 1.0),
             (0.0, -0.5, 1.0, 0.0),
+            (0.0, 0.0, 112.0, 112.0),
+            (0.0, 0.0, 1.0, 7.0),
         )
     ),
     ({"size": 4.0}, TypeError, "size is a float; it must be an integer of at least 1"),

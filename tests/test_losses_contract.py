@@ -311,7 +311,7 @@ def with_class(name: str, label: int) -> list[Tensor]:
                 (
                     "LocalLevelLoss",
                     L - 1,
-                    "activations has 4 classes beside the background, being [3, 5, 5, 6]",
+                    "activations has 4 classes beside the background",
                     " or the ignore_index -100",
                 ),
                 ("HomogeneousNegativeCAMLoss", L, "weight has 5 classes", ""),

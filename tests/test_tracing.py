@@ -136,6 +136,17 @@ class TestFloatOptions:
         assert 0.6 in op.args
         assert "zeros" not in graphs[0].code
 
+    def test_the_default_device_is_nothing_to_them(self):
+        inputs = CASE.features(), CASE.weight(), CASE.target(), CASE.pictures()
+
+        def erase(threshold):
+            return camkernels.fused_cam_erase(*inputs, threshold=threshold).erased
+
+        compiled = torch.compile(erase, backend="aot_eager", dynamic=True, fullgraph=True)
+        with torch.device("meta"):
+            for threshold in (0.5, 0.6):
+                assert torch.equal(compiled(threshold), erase(threshold))
+
     def test_in_another_process_with_the_disk_cache(self, tmp_path):
         program = (
             "import torch, camkernels\n"
@@ -349,3 +360,46 @@ def test_imported_a_second_time():
     subprocess.run(
         [sys.executable, "-W", "error", "-c", program], check=True, cwd=Path(__file__).parent.parent
     )
+
+
+OTHER_LAYOUTS = {
+    "sparse_coo": lambda x: x.to_sparse(),
+    "sparse_csr": lambda x: x.flatten(1).to_sparse_csr(),
+    "mkldnn": lambda x: x.to_mkldnn(),
+    "nested": lambda x: torch.nested.nested_tensor(list(x)),
+}
+
+
+@each(CALLS)
+@pytest.mark.parametrize("layout", OTHER_LAYOUTS)
+@pytest.mark.filterwarnings("ignore:.*(Sparse CSR|nested tensors)")  # PyTorch's: it calls them a prototype
+def test_other_layouts_are_refused_in_words(call, layout):
+    inputs = {name: x.detach() for name, x in call.inputs(CASE).items()}
+    for name, tensor in inputs.items():
+        if tensor.dim() < 2 or (layout == "mkldnn" and tensor.dtype != torch.float32):
+            continue  # there is none
+        if layout == "sparse_csr" and tensor.dim() != 2 and name == "weight":
+            continue  # it has two dimensions, which for this weight is an error of its own
+        with pytest.raises(TypeError, match=f"{call.name}: {name} is {layout}; it must be a dense tensor"):
+            call.outputs(CASE, {**inputs, name: OTHER_LAYOUTS[layout](tensor)})
+
+
+def test_a_level_of_forward_mode_is_no_matter_without_tangents():
+    with torch.autograd.forward_ad.dual_level():
+        for call in CALLS:
+            inputs = {name: x.detach() for name, x in call.inputs(CASE).items()}
+            found = call.outputs(CASE, inputs)
+            assert all(not x.requires_grad for x in found)
+
+
+def test_tensors_whose_bytes_are_not_their_numbers():
+    """Both are tensors of the plain type. What is negated when it is read comes from complex numbers, what is
+    0 without any bytes from autograd."""
+    features, weight = CASE.features(), CASE.weight()
+    plain = camkernels.fused_cam(features, weight, normalize=False)
+    for backend in ("cpu", "triton"):
+        with camkernels.use_backend(backend):
+            negated = camkernels.fused_cam(torch._neg_view(features), weight, normalize=False)
+            assert torch.allclose(negated, -plain, atol=1e-6)
+            nothing = torch._efficientzerotensor(features.shape)
+            assert not camkernels.fused_cam(nothing, weight, normalize=False).any()

@@ -1,5 +1,7 @@
 """``fused_cam``: class activation maps, min-max normalised, differentiable."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,7 @@ def fused_cam(
         a NaN is NaN everywhere.
 
     Gradients: ``features``, ``weight`` and ``bias`` (0 where normalised), through minimum and maximum too;
-        tied extrema share it evenly. No double backward.
+        tied extrema share it evenly. No double backward but with backend ``"reference"``.
     Numerics: float32 inside (float64 for float64); deterministic.
 
     Raises:
@@ -60,6 +62,9 @@ def fused_cam(
     return cam.squeeze(1) if one else cam
 
 
+MOST_PIXELS = 16384  # of a map that fits into shared memory on every GPU that the CUDA kernels are built for
+
+
 def allocate_maps(a: Arguments, maps: int, normalize: bool = True) -> None:
     """``cam`` [N, K, H, W]; ``cam32``, the same in float32 where backward needs it and ``cam`` is of a half
     type, else empty; ``extent`` [N, K, 2], minimum and maximum of each raw map."""
@@ -78,15 +83,20 @@ def kept_map(a: Arguments) -> Tensor:
     return kept
 
 
-def suits_cuda(a: Arguments, maps: int = 1) -> bool:
-    """What ``auto`` leaves to the CUDA kernels: maps that fit into shared memory on every GPU that they are
-    built for, and fewer of them than Triton would make with matrix units."""
-    return a.features.shape[2] * a.features.shape[3] <= 16384 and maps < 16
+def _suits_cuda(a: Arguments) -> bool:
+    """Maps that fit, and fewer of them than Triton would make with matrix units."""
+    maps = _maps(a)
+    return a.features.shape[2] * a.features.shape[3] <= MOST_PIXELS and maps < 16
 
 
 def _maps(a: Arguments) -> int:
     count: int = a.weight.shape[0] if a.target is None else a.target.shape[1]
     return count
+
+
+def for_map(name: str) -> Callable[[Arguments], Tensor | None]:
+    """Saved only if the map's gradient goes on to features or weight."""
+    return lambda a: None if a.needed.isdisjoint(("features", "weight")) else getattr(a, name)
 
 
 def _launch(launch: Launch, a: Arguments) -> None:
@@ -115,6 +125,6 @@ CAM = Op(
     # A raw map is linear in everything: its backward needs no map, and users may change it in place.
     save={"cam": lambda a: kept_map(a) if a.normalize else a.extent},
     launch_fwd=_launch,
-    suits_cuda=lambda a: suits_cuda(a, _maps(a)),
+    suits_cuda=_suits_cuda,
 )
 define_kernel("cam_fwd", _INPUTS, "cam cam32 extent")

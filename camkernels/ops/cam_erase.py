@@ -10,7 +10,7 @@ from torch import Tensor
 from camkernels import _checks, reference
 from camkernels._op import Op
 from camkernels._pass import Arguments, Launch, define_kernel, empty_like, like, memory_format
-from camkernels.ops.cam import allocate_maps, kept_map, suits_cuda
+from camkernels.ops.cam import MOST_PIXELS, allocate_maps, for_map, kept_map
 
 
 class CamErase(NamedTuple):
@@ -55,7 +55,8 @@ def fused_cam_erase(
 
     Gradients: hard: ``images`` where kept; ``features`` and ``weight`` through ``cam`` only. Soft: all three
         through ``erased`` as well (attention mining). Nothing of the image's size is kept for backward but
-        ``images`` itself, and that only for soft erasing. No double backward.
+        ``images`` itself, and that only for soft erasing. No double backward but with backend
+        ``"reference"``.
     Numerics: float32 inside (float64 for float64); deterministic.
 
     Raises:
@@ -139,7 +140,10 @@ def _launch_bwd(launch: Launch, a: Arguments) -> None:
 def _suits_cuda(a: Arguments) -> bool:
     """The CUDA kernels take 16 fills, and 32-bit offsets in an image."""
     images = vars(a).get("grad_erased") if a.images is None else a.images
-    return suits_cuda(a) and len(a.fill) <= 16 and (images is None or images[0].numel() < 2**31)
+    height, width = a.cam.shape[-2:]
+    return (
+        height * width <= MOST_PIXELS and len(a.fill) <= 16 and (images is None or images[0].numel() < 2**31)
+    )
 
 
 CAM_ERASE = Op(
@@ -151,8 +155,8 @@ CAM_ERASE = Op(
     kept="cam32 extent",
     allocate=_allocate,
     reference=_reference,
-    backward="Tensor? grad_erased, Tensor? grad_cam, Tensor features, Tensor weight, Tensor target, "
-    "Tensor? images, Tensor cam, Tensor extent, float threshold, float sharpness, float[] fill, "
+    backward="Tensor? grad_erased, Tensor? grad_cam, Tensor? features, Tensor? weight, Tensor? target, "
+    "Tensor? images, Tensor cam, Tensor? extent, float threshold, float sharpness, float[] fill, "
     "bool nearest, float eps, bool channels_last",
     gradients={
         "features": like("features"),
@@ -164,6 +168,7 @@ CAM_ERASE = Op(
         "cam": "features weight",
     },
     save={
+        **{name: for_map(name) for name in ("features", "weight", "target", "extent")},
         "cam": kept_map,
         "channels_last": lambda a: memory_format(a.images) == torch.channels_last,
         # Hard erasing needs no pixel again, so it does not hold on to the images.

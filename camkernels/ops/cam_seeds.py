@@ -1,6 +1,5 @@
 """``fused_cam_seeds``: pixels of the peak of a class activation map, and the feature vectors there."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 from camkernels import _checks, reference
 from camkernels._op import Op
 from camkernels._pass import Arguments, Launch, define_kernel, like, memory_format
-from camkernels.ops.cam import allocate_maps, kept_map
+from camkernels.ops.cam import allocate_maps, for_map, kept_map
 
 
 class CamSeeds(NamedTuple):
@@ -65,7 +64,8 @@ def fused_cam_seeds(
         seeds are the map's first maximum (its first NaN, if it holds one).
 
     Gradients: ``seed_features`` through ``vectors``, seeds of one pixel added up; ``features`` and
-        ``weight`` through ``cam``. The choice of seeds has none. No double backward.
+        ``weight`` through ``cam``. The choice of seeds has none. No double backward but with backend
+        ``"reference"``.
     Numerics: float32 inside (float64 for float64), the map is never rounded before the threshold;
         deterministic.
 
@@ -170,17 +170,6 @@ def _of_seeds(a: Arguments) -> Tensor:
     return torch.empty(a.size, memory_format=layout, **like_vectors)
 
 
-def _for_map(name: str) -> Callable[[Arguments], Tensor | None]:
-    """Saved only if the map's gradient goes on to features or weight."""
-
-    def saved(a: Arguments) -> Tensor | None:
-        if a.needed.isdisjoint(("features", "weight")):
-            return None
-        return kept_map(a) if name == "cam" else getattr(a, name)
-
-    return saved
-
-
 def _launch_bwd(launch: Launch, a: Arguments) -> None:
     through_map = a.grad_cam is not None and a.features is not None and (a.need_features or a.need_weight)
     if through_map:
@@ -220,7 +209,8 @@ CAM_SEEDS = Op(
         "cam": "features weight",
     },
     save={
-        **{name: _for_map(name) for name in ("features", "weight", "target", "cam", "extent")},
+        **{name: for_map(name) for name in ("features", "weight", "target", "extent")},
+        "cam": lambda a: None if a.needed.isdisjoint(("features", "weight")) else kept_map(a),
         "size": lambda a: _seeds_of(a).shape,
         "channels_last": lambda a: memory_format(_seeds_of(a)) == torch.channels_last,
         "own": lambda a: a.seed_features is None,

@@ -1,6 +1,5 @@
 """``fused_cam_transform_mse``: do heatmaps follow the transform of their image?"""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,7 +58,7 @@ def fused_cam_transform_mse(
         map of which no cell is valid.
 
     Gradients: ``features``, ``features_t`` and, unless detached, ``weight``. At most one map per image and
-        class is kept for backward. No double backward.
+        class is kept for backward. No double backward but with backend ``"reference"``.
     Numerics: float32 inside (float64 for float64); deterministic.
 
     Raises:
@@ -93,9 +92,11 @@ def mean_squares(
     _checks.flag(function, "detach_weight", detach_weight)
     _check_pair(function, features, features_t, transform)
 
-    if CAM_TRANSFORM_MSE.backend(function, features) == "reference":
-        return reference_mean_squares(features, features_t, weight, transform, detach_weight)
     weight = weight.detach() if detach_weight else weight
+    if (
+        CAM_TRANSFORM_MSE.backend(function, features) == "reference"
+    ):  # which takes a transform of the user's own
+        return reference_mean_squares(features, features_t, weight, transform)
     matrix = transform.matrix.view(-1, 2, 3) if isinstance(transform, Affine) else None
     means: Tensor = CAM_TRANSFORM_MSE(
         function, features, features_t, weight, matrix, *_told(function, transform)
@@ -120,22 +121,40 @@ def _told(function: str, transform: Transform) -> tuple[str, float, float]:
     )
 
 
+def _understood(transform: str, dx: float, dy: float, matrix: Tensor | None) -> Transform:
+    """The transform that was told."""
+    if transform in COMMON_GRIDS:
+        return Scale(1, transform)  # of its size nothing depends
+    if transform == "Translate":
+        return Translate(dx, dy)
+    if transform == "Rotate90":
+        return Rotate90(int(dx))
+    if matrix is not None:
+        return Affine(matrix if matrix.shape[0] > 1 else matrix[0])
+    return {"HorizontalFlip": HorizontalFlip, "VerticalFlip": VerticalFlip}[transform]()
+
+
+def _reference(
+    features: Tensor,
+    features_t: Tensor,
+    weight: Tensor,
+    matrix: Tensor | None,
+    transform: str,
+    dx: float,
+    dy: float,
+) -> Tensor:
+    return reference_mean_squares(features, features_t, weight, _understood(transform, dx, dy, matrix))
+
+
 def _geometry(a: Arguments) -> dict[str, Any]:
     """What launchers are told: where each cell comes from, in numbers, and how the two maps meet."""
-    size = a.features.shape[-2:]
-    if a.transform in COMMON_GRIDS or a.transform == "Affine":
-        comparison = COMMON_GRIDS.get(a.transform, ONE_GRID)
-        return {"whole": [0] * 9, "fractions": [0.0] * 2, "comparison": comparison}
-    made: dict[str, Callable[[], Transform]] = {
-        "HorizontalFlip": HorizontalFlip,
-        "VerticalFlip": VerticalFlip,
-        "Rotate90": lambda: Rotate90(int(a.dx)),
-        "Translate": lambda: Translate(a.dx, a.dy),
+    found = _understood(a.transform, a.dx, a.dy, a.matrix).resampling(*a.features.shape[-2:])
+    whole, fractions = ([0] * 9, [0.0] * 2) if found is None else found.flat()
+    return {
+        "whole": whole,
+        "fractions": fractions,
+        "comparison": COMMON_GRIDS.get(a.transform, ONE_GRID),
     }
-    found = made[a.transform]().resampling(*size)
-    assert found is not None  # each of these goes axis by axis
-    whole, fractions = found.flat()
-    return {"whole": whole, "fractions": fractions, "comparison": ONE_GRID}
 
 
 def _check_pair(function: str, features: Tensor, features_t: Tensor, transform: Transform) -> None:
@@ -197,7 +216,7 @@ CAM_TRANSFORM_MSE = Op(
     outputs="means",
     kept="kept",
     allocate=_allocate,
-    reference=reference_mean_squares,
+    reference=_reference,
     backward="Tensor grad_means, Tensor features, Tensor features_t, Tensor weight, Tensor? matrix, "
     "Tensor kept, str transform, float dx, float dy",
     gradients={name: like(name) for name in ("features", "features_t", "weight")},

@@ -35,8 +35,9 @@ def stochastic_consistency(
         A scalar in the dtype of ``vectors``; in float16 what exceeds 65504 is infinite, where
         ``losses.StochasticConsistencyLoss`` returns float32. 0 where the batch holds no pair.
 
-    Gradients: ``vectors``; that of the plain distance is 0 where two vectors are equal. Nothing but
-        ``vectors`` is kept for backward. No double backward.
+    Gradients: ``vectors``; that of the plain distance is 0 where two vectors are equal. Beside
+        ``vectors`` backward keeps three numbers for each image. No double backward but with backend
+        ``"reference"``.
     Numerics: float32 inside (float64 for float64); deterministic.
 
     Raises:

@@ -34,7 +34,7 @@ std::vector<int64_t> count_attended(const Tensor& mask, int64_t pixels) {
   const uint8_t* masks = static_cast<const uint8_t*>(mask.const_data_ptr());
   torch::stable::parallel_for(0, mask.size(0), grain(pixels / 8), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
-      for (int64_t i = 0; i < pixels; ++i) counts[n] += masks[n * pixels + i];
+      for (int64_t i = 0; i < pixels; ++i) counts[n] += masks[n * pixels + i] != 0;
     }
   });
   return counts;
