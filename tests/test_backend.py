@@ -1,5 +1,6 @@
 """Choosing a backend, being told why not, and the doctor."""
 
+import functools
 import importlib
 import os
 import subprocess
@@ -16,6 +17,8 @@ from cases import GPU, Case
 import camkernels
 from camkernels import (
     _backend,
+    _op,
+    _pass,
     attention_boxes,
     crop_and_zoom,
     focus_area,
@@ -88,7 +91,7 @@ def test_auto_falls_back_to_the_reference_elsewhere():
 @pytest.mark.parametrize("op", WITHOUT_CUDA)
 def test_auto_passes_over_a_backend_without_kernels_for_the_function(monkeypatch, op):
     """As on a machine where every backend serves, and where Triton does not."""
-    backends = importlib.import_module(f"camkernels.ops.{op}").BACKENDS
+    backends = _op.OPS[op].backends
     monkeypatch.setattr(_backend, "why_not", lambda *question: None)
     assert _backend.resolve("function", "auto", CUDA, torch.float32) == "cuda"
     assert _backend.resolve("function", "auto", CUDA, torch.float32, backends) == "triton"
@@ -114,7 +117,7 @@ def test_a_backend_without_kernels_for_the_function_says_so(monkeypatch, op, eve
 
 def test_the_ops_of_such_a_function_say_so_themselves():
     with pytest.raises(RuntimeError, match=r"focus_area_fwd: backend 'cuda' has no kernels"):
-        torch.ops.camkernels.focus_area_fwd(torch.ones(1, 2, 3, 3), "cuda")
+        torch.ops.camkernels.focus_area_fwd(torch.ones(1, 2, 3, 3), None, "cuda")
 
 
 def test_a_name_that_is_no_string():
@@ -204,7 +207,10 @@ def test_auto_leaves_to_triton_what_does_not_suit_the_cuda_kernels(monkeypatch):
         lambda name, asked, *rest: "cuda" if asked == "auto" else resolve(name, asked, *rest),
     )
     launched = []
-    monkeypatch.setattr("camkernels.triton.cam_fwd", lambda *args: launched.append("triton"))
+    kernel = importlib.import_module("camkernels.triton.cam").cam_fwd
+    stand_in = functools.wraps(kernel)(lambda *args: launched.append("triton"))  # with its parameters' names
+    monkeypatch.setattr("camkernels.triton.cam.cam_fwd", stand_in)
+    _pass.clear_caches()
     weight = torch.zeros(20, 1)
     fused_cam(torch.zeros(1, 1, 2, 2), weight)
     fused_cam(torch.zeros(1, 1, 130, 130), weight, torch.zeros(1, dtype=torch.int64))
@@ -214,6 +220,7 @@ def test_auto_leaves_to_triton_what_does_not_suit_the_cuda_kernels(monkeypatch):
     monkeypatch.setattr(_backend, "why_not", lambda *question: "Triton is not installed")
     fused_cam(torch.zeros(1, 1, 2, 2), weight)
     assert launched == ["triton", "triton"]
+    _pass.clear_caches()  # of the stand-in
 
 
 def test_meta_tensors_give_shapes():
