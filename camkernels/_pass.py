@@ -212,7 +212,7 @@ class Pass:
         self.dispatched = self._define(name, signature, (torch.Tag.pt2_compliant_tag,))
         # A CUDA graph would go on with the numbers that it was captured with.
         tags = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
-        self.dispatched_open = self._define(f"{name}_open", signature, tags) if self.floats else None
+        self.dispatched_open: Any = self._define(f"{name}_open", signature, tags) if self.floats else None
 
     def _define(self, name: str, signature: str, tags: tuple[torch.Tag, ...]) -> Any:
         LIBRARY.define(name + signature, tags=tags)
