@@ -276,9 +276,21 @@ def test_a_class_that_does_not_exist(label):
         ({"bins": 256.0}, TypeError, "bins is a float; it must be an integer from 2 to 4096"),
         ({"bins": True}, TypeError, "bins is a bool; it must be an integer from 2 to 4096"),
         ({"bins": 1}, ValueError, "bins is 1; it must be an integer from 2 to 4096"),
-        ({"ignore_index": 1.0}, TypeError, "ignore_index is a float; it must be an integer that fits into 64 bits"),
-        ({"ignore_index": True}, TypeError, "ignore_index is a bool; it must be an integer that fits into 64 bits"),
-        ({"ignore_index": 2**63}, ValueError, f"ignore_index is {2**63}; it must be an integer that fits into 64 bits"),
+        (
+            {"ignore_index": 1.0},
+            TypeError,
+            "ignore_index is a float; it must be an integer that fits into 64 bits",
+        ),
+        (
+            {"ignore_index": True},
+            TypeError,
+            "ignore_index is a bool; it must be an integer that fits into 64 bits",
+        ),
+        (
+            {"ignore_index": 2**63},
+            ValueError,
+            f"ignore_index is {2**63}; it must be an integer that fits into 64 bits",
+        ),
         ({"bins": 4097}, ValueError, "bins is 4097; it must be an integer from 2 to 4096"),
     ],
 )

@@ -168,7 +168,11 @@ def test_repr_shows_the_options():
     [
         ({"alpha": "1"}, TypeError, "alpha is a str; it must be a number of at least 0"),
         ({"beta": True}, TypeError, "beta is a bool; it must be a number of at least 0"),
-        ({"ignore_index": 1.0}, TypeError, "ignore_index is a float; it must be an integer"),
+        (
+            {"ignore_index": 1.0},
+            TypeError,
+            "ignore_index is a float; it must be an integer that fits into 64 bits",
+        ),
         ({"alpha": -1}, ValueError, "alpha is -1.0; it must be a finite number of at least 0"),
         ({"beta": float("nan")}, ValueError, "beta is nan; it must be a finite number of at least 0"),
         ({"beta": float("inf")}, ValueError, "beta is inf; it must be a finite number of at least 0"),
