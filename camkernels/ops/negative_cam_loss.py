@@ -110,6 +110,8 @@ def loss_and_counts(
         function, "temperature", temperature, 0, torch.inf, "above 0 and finite"
     )
 
+    # Not min(): of sizes that torch.compile keeps open it makes a question.
+    num_negatives = torch.sym_min(num_negatives, weight.shape[0])
     if logits is not None:
         logits = logits.detach()
         if logits.dtype == torch.float64:  # as the kernels compare them
@@ -155,7 +157,6 @@ def _allocate(a: Arguments) -> None:
     images, _, height, width = features.shape
     accumulate = accumulate_dtype(features.dtype)
     most = a.weight.shape[0] if a.target.dim() == 2 else max(a.weight.shape[0] - 1, 1)
-    # Not min(): of sizes that torch.compile keeps open it makes a question.
     slots = torch.sym_min(a.num_negatives, most)
     a.losses = features.new_empty(images, slots, dtype=accumulate)
     a.positive = features.new_empty(images, slots, dtype=torch.int32)
