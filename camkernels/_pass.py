@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from camkernels import _backend
+from camkernels.reference.cam import accumulate_dtype as accumulate_dtype  # what kernels compute in
 
 Arguments = SimpleNamespace  # the tensors and options of one call, by name
 Allocate = Callable[[Arguments], Any]
@@ -77,11 +78,6 @@ def memory_format(tensor: Tensor) -> torch.memory_format:
     if tensor.dim() == 4 and not is_dense(tensor) and is_dense(tensor, torch.channels_last):
         return torch.channels_last
     return torch.contiguous_format
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What kernels compute in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def empty_like(tensor: Tensor) -> Tensor:
