@@ -49,13 +49,11 @@ def wrong_shape(function: str, argument: str, value: Tensor, allowed: str) -> Va
     return ValueError(f"{function}: {argument} has shape {list(value.shape)}; {allowed}")
 
 
-def dense(function: str, argument: str, value: Tensor) -> Tensor:
-    if value.layout is not torch.strided or value.is_nested:
-        layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.").lstrip("_")
-        raise TypeError(
-            f"{function}: {argument} is {layout}; it must be a dense tensor, as .to_dense() makes it"
-        )
-    return value
+def wrong_layout(function: str, argument: str, value: Tensor) -> TypeError:
+    layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.").lstrip("_")
+    return TypeError(
+        f"{function}: {argument} is {layout}; it must be a dense tensor, as .to_dense() makes it"
+    )
 
 
 def tensor(
@@ -73,7 +71,8 @@ def tensor(
         held = next((name for name in names if isinstance(getattr(value, name, 0), Tensor)), None)
         hint = "" if held is None else f": pass its .{held}"
         raise wrong_type(function, argument, value, f"it must be a tensor {shape}{hint}")
-    dense(function, argument, value)
+    if value.layout is not torch.strided or value.is_nested:
+        raise wrong_layout(function, argument, value)
     if value.dtype not in dtypes:
         allowed = ", ".join(map(dtype_name, dtypes))
         raise TypeError(f"{function}: {argument} has dtype {dtype_name(value.dtype)}; allowed are {allowed}")
@@ -180,10 +179,11 @@ def local_bias(function: str, value: object, weight: Tensor) -> Tensor | None:
 def mask(function: str, value: object, like: Tensor | None = None, argument: str = "features") -> Tensor:
     """Bool [N, H, W], of the images and pixels of ``like``, the [N, ..., H, W] that is named ``argument``."""
     value = tensor(function, "mask", value, "[N, H, W] of bool", (3,), (torch.bool,))
-    not_empty(function, "mask", value, "H and W")
     if like is None:
-        return value
-    if value.shape[1:] != like.shape[-2:] or value.shape[0] != like.shape[0]:
+        return not_empty(function, "mask", value, "H and W")
+    images, height, width = value.shape
+    shape = like.shape
+    if width != shape[-1] or height != shape[-2] or images != shape[0]:
         raise ValueError(
             f"{function}: mask has shape {list(value.shape)} and {argument} {list(like.shape)}; it must be "
             f"{[like.shape[0], *like.shape[-2:]]}"
@@ -299,7 +299,9 @@ def classes_or_multi_hot(function: str, value: object, features: Tensor, weight:
         raise TypeError(
             f"{function}: target has dtype {dtype_name(value.dtype)}; [N, L] may be bool, integer or float"
         )
-    return per_class(function, "target", dense(function, "target", value), features, weight)
+    if value.layout is not torch.strided:
+        raise wrong_layout(function, "target", value)
+    return per_class(function, "target", value, features, weight)
 
 
 def class_scores(

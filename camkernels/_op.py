@@ -16,8 +16,9 @@ call goes straight to their launchers. The dispatcher is for what has to see the
 subclasses, dispatch modes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cache
+from operator import itemgetter
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,17 +37,18 @@ from camkernels._pass import (
     open_numbers,
     parse,
     settled,
+    written,
 )
 
 Gradients = tuple[Tensor | None, ...]
-Flow = Callable[[Arguments], Mapping[str, str]]
+Flow = Callable[[Arguments], Mapping[str, Collection[str]]]
 
 OPS: dict[str, "Op"] = {}
 
 
-@cache
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
+def _nothing(a: Arguments) -> Tensor:
+    """In place of a gradient that nobody asked for."""
+    return next(x for x in vars(a).values() if isinstance(x, Tensor)).new_empty(0)
 
 
 class _NoSecondOrder(torch.autograd.Function):
@@ -119,9 +121,10 @@ class Op:
         names = list(parse(inputs))
         self._keeps = names[-1] == "keep"
         self._outputs = outputs.split()
+        self._outputs_of = itemgetter(*self._outputs)
         fills = f"{scratch or outputs} {kept}".strip()
         shared: dict[str, Any] = {
-            "channels_last": frozenset(channels_last.split()),
+            "channels_last": channels_last,
             "backends": backends,
             "suits_cuda": suits_cuda,
         }
@@ -156,38 +159,75 @@ class Op:
         launch: Callable[[Launch, Arguments], None] | None,
         shared: dict[str, Any],
     ) -> None:
-        everything = dict.fromkeys(self._outputs, " ".join(gradients))
-        self._flow = flow or (lambda a: everything)
+        self._everything = dict.fromkeys(self._outputs, tuple(gradients))
+        self._flow = flow
         types = parse(backward)
-        grads = {f"grad_{output}" for output in self._outputs}
-        self._saved = [n for n, kind in types.items() if kind.startswith("Tensor") and n not in grads]
-        self._saved.append("numbers")
-        self._options = [n for n in types if n not in self._saved and n not in grads]
-        self._save = save
-        results = " ".join(f"grad_{n}" for n in gradients)
-        schema = ", ".join((backward, *(f"bool need_{n}" for n in gradients if len(gradients) > 1)))
-
-        def allocate(a: Arguments) -> None:
-            found = vars(a)
-            for n, gradient in gradients.items():
-                found[f"grad_{n}"] = gradient(a) if found.get(f"need_{n}", True) else empty(a)
-
-        def empty(a: Arguments) -> Tensor:
-            return next(x for x in vars(a).values() if x is not None).new_empty(0)
-
+        grads = [f"grad_{output}" for output in self._outputs]
+        saved = [n for n, kind in types.items() if kind.startswith("Tensor") and n not in grads]
+        options = [n for n in types if n not in (*saved, *grads)]
+        saved.append("numbers")
+        needs = [f"need_{n}" for n in gradients]
+        results = [f"grad_{n}" for n in gradients]
+        many = len(gradients) > 1
+        schema = ", ".join((backward, *(f"bool {need}" for need in needs if many)))
         self.backward = Pass(
             f"{self.name}_bwd",
             schema,
-            results,
-            fills=results,
-            allocate=allocate,
+            " ".join(results),
+            fills=" ".join(results),
+            allocate=written(
+                f"allocate_{self.name}_bwd",
+                "a",
+                *(
+                    f"a.grad_{n} = {n}(a)" + (f" if a.need_{n} else nothing(a)" if many else "")
+                    for n in gradients
+                ),
+                nothing=_nothing,
+                **gradients,
+            ),
             arrange=arrange,
             launch=launch,
             finish=None,
             **shared,
         )
         if launch is None:
-            define_kernel(f"{self.name}_bwd", schema, results)
+            define_kernel(f"{self.name}_bwd", schema, " ".join(results))
+
+        def found(names: list[str]) -> str:
+            return "".join(f"save_{n}(a), " if n in save else f"a.{n}, " for n in names)
+
+        self._save = written(
+            f"save_for_{self.name}_bwd",
+            "ctx, a, flow",
+            f"ctx.told = flow, a.backend, ({found(options)})",
+            "ctx.set_materialize_grads(False)",
+            f"ctx.save_for_backward({found(saved)})",
+            **{f"save_{n}": value for n, value in save.items()},
+        )
+        places = dict(self._gradients_at)
+        given = " or ".join(f"{grad} is not None" for grad in grads)
+        by_place = {places[n]: f"grad_{n}" + f" if need_{n} else None" * many for n in gradients}
+        self._first_order = written(
+            f"{self.name}_first_order",
+            f"ctx, {', '.join(grads)}, *_",  # those of kept results are None
+            "needs = ctx.needs_input_grad",
+            "flow, backend, options = ctx.told",
+            *(
+                (f"given = {given}",) if flow is None else (f"reached = reach(flow, {', '.join(grads)})",)
+            ),
+            *(
+                f"need_{n} = needs[{places[n]}] and " + ("given" if flow is None else f"{n!r} in reached")
+                for n in gradients
+            ),
+            f"if not ({' or '.join(needs)}): return none",
+            f"{', '.join(saved)}, = ctx.saved_tensors",
+            f"{', '.join(options)}, = options" if options else "",
+            f"{', '.join(results)}{', ' if many else ''} = run(({', '.join(self.backward.names)}))",
+            f"return {', '.join(by_place.get(i, 'None') for i in range(len(self.forward.names) + 1))}",
+            reach=self._reached,
+            run=self.backward,
+            none=(None,) * (len(self.forward.names) + 1),
+        )
         op = self
 
         class Function(torch.autograd.Function):
@@ -195,38 +235,38 @@ class Op:
 
             @staticmethod
             def forward(ctx: Any, *args: Any) -> Any:
-                # The last one is the backend that serves, after the one that was asked for.
-                results = op.forward.fill(args[:-1], args[-1])
-                op._setup(ctx, args[:-1], results)
-                return op._public(results)
+                inputs = args[:-1]  # the last one is the backend that serves, after the one that was asked for
+                a = op.forward.fill(inputs, args[-1])
+                if a.copied:  # backward gets what came
+                    a.__dict__.update(zip(op.forward.names, inputs, strict=True))
+                outputs = op._outputs_of(a.__dict__)
+                op._keep(ctx, a, op._outputs)
+                return outputs
 
             @staticmethod
             def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
                 return op._backward(ctx, *grads)
 
         Function.__name__ = Function.__qualname__ = self.name
-        self._function = Function
+        # Without what Function.apply does for torch.func, inside of which this is never called.
+        self._apply = super(torch.autograd.Function, Function).apply
         for overload in filter(None, (self.forward.dispatched, self.forward.dispatched_open)):
             torch.library.register_autograd(overload, self._backward, setup_context=self._setup, lib=LIBRARY)
 
-    def backend(self, function: str, first: Tensor, *others: Tensor | None) -> str:
-        """The backend that serves these tensors; errors name ``function``."""
+    def backend(self, function: str, *args: Any) -> str:
+        """The backend that serves these arguments; errors name ``function``."""
+        first = args[self._decides[0]]
         dtype = first.dtype
-        for tensor in others:
-            if tensor is not None and tensor.dtype == torch.float64:
-                dtype = tensor.dtype
+        for place in self._decides[1:]:
+            if args[place] is not None and args[place].dtype == torch.float64:
+                dtype = torch.float64
         return _backend.resolve(function, _backend.setting(), first.device, dtype, self.backends)
 
     def __call__(self, function: str, *args: Any) -> Any:
         """The outputs, by the backend that was asked for; errors name ``function``."""
-        backend = self.backend(function, *[args[i] for i in self._decides])
+        backend = self.backend(function, *args)
         if backend == "reference":
             return self._reference(*args)
-        if torch._C._are_functorch_transforms_active():  # Dynamo traces the question
-            raise RuntimeError(
-                f"{function}: torch.func transforms (grad, vjp, jvp, vmap ...) do not see through the "
-                "kernels; inside them use camkernels.use_backend('reference')"
-            )
         needed = False
         if torch.is_grad_enabled():
             for place in self._differentiable:
@@ -236,15 +276,28 @@ class Op:
                     break
         if self._keeps:
             args = (*args, needed)
+        if torch.compiler.is_compiling() or not self.forward.may_be_direct(args, backend):
+            return self._dispatch(function, args)
+        if needed or (self._differentiable and forward_ad._current_level >= 0):
+            return self._apply(*args, None, _backend.setting(), backend)
+        args = (*args, None, _backend.setting())
+        return self._outputs_of(self.forward.fill(args, backend).__dict__)
+
+    def _dispatch(self, function: str, args: tuple[Any, ...]) -> Any:
+        """The outputs, by way of the dispatcher, which has all results of the forward pass."""
+        if torch._C._are_functorch_transforms_active():  # Dynamo traces the question
+            raise RuntimeError(
+                f"{function}: torch.func transforms (grad, vjp, jvp, vmap ...) do not see through the "
+                "kernels; inside them use camkernels.use_backend('reference')"
+            )
         numbers = None
         if torch.compiler.is_compiling():
             args, numbers = self._with_open_numbers(args)
-        args = (*args, numbers, _backend.setting())
-        if not self.forward.may_be_direct(args):
-            return self._public(self.forward.dispatch(args))
-        if needed or (self._differentiable and forward_ad._current_level >= 0):
-            return self._function.apply(*args, backend)
-        return self._public(self.forward.fill(args, backend))
+        results = self.forward.dispatch((*args, numbers, _backend.setting()))
+        count = len(self._outputs)
+        if count == len(self.forward.results):
+            return results
+        return results[0] if count == 1 else results[:count]
 
     def _with_open_numbers(self, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], Tensor | None]:
         places = [(i, isinstance(args[i], list)) for i in self._floats_at]
@@ -256,33 +309,28 @@ class Op:
             changed[i] = [settled(x) for x in args[i]] if many else settled(args[i])
         return tuple(changed), numbers
 
-    def _public(self, results: Any) -> Any:
-        """The outputs among the results of the forward pass."""
-        count = len(self._outputs)
-        if count == len(self.forward.results):
-            return results
-        return results[0] if count == 1 else results[:count]
-
     def _setup(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """What backward needs of a call."""
-        a = SimpleNamespace()
-        found = a.__dict__
-        found.update(zip(self.forward.names, inputs, strict=True))
+        """What backward needs of a call by way of the dispatcher."""
         results = output if isinstance(output, tuple) else (output,)
-        found.update(zip(self.forward.results, results, strict=True))
-        ctx.flow = flow = self._flow(a)
-        a.needed = needed = {n for n, i in self._gradients_at if ctx.needs_input_grad[i]}
-        constant = [found[n] for n in self.forward.results if needed.isdisjoint(_words(flow.get(n, "")))]
-        if constant:
+        found = dict(zip(self.forward.results, results, strict=True))
+        found.update(zip(self.forward.names, inputs, strict=True))
+        self._keep(ctx, SimpleNamespace(**found), self.forward.results)
+
+    def _keep(self, ctx: Any, a: Arguments, returned: list[str]) -> None:
+        """What backward needs of a call that returns those results."""
+        found = a.__dict__
+        flow = self._everything if self._flow is None else self._flow(a)
+        a.needed = needed = self._needed(ctx.needs_input_grad)
+        if returned is self.forward.results or flow is not self._everything or not needed:
+            constant = [found[n] for n in returned if needed.isdisjoint(flow.get(n, ()))]
             ctx.mark_non_differentiable(*constant)
-        if self._save:
-            found |= {name: value(a) for name, value in self._save.items()}
-        ctx.options = [found[name] for name in self._options]
-        ctx.backend = a.backend
         if a.numbers is not None:
             a.numbers = self._numbers_of_backward(a)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*[found[name] for name in self._saved])
+        self._save(ctx, a, flow)
+
+    @cache
+    def _needed(self, needs: tuple[bool, ...]) -> frozenset[str]:
+        return frozenset(n for n, i in self._gradients_at if needs[i])
 
     def _numbers_of_backward(self, a: Arguments) -> Tensor:
         """Those of ``numbers`` that are options of the backward pass, in its order."""
@@ -298,34 +346,13 @@ class Op:
         """
         # Under torch.compile AOTAutograd refuses double backward by itself.
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return self._first_order(ctx, grads)
+            return self._first_order(ctx, *grads)
         with torch.no_grad():
-            found = self._first_order(ctx, grads)
+            found = self._first_order(ctx, *grads)
         anchors = (*ctx.saved_tensors, *grads)  # whatever a second derivative could be asked for
         return tuple(g if g is None else _NoSecondOrder.apply(self.function, g, *anchors) for g in found)
 
-    def _first_order(self, ctx: Any, grads: Gradients) -> Gradients:
-        known: dict[str, Any] = {"backend": ctx.backend}
-        reached: set[str] = set()
-        for output, grad in zip(self._outputs, grads, strict=False):  # kept results have no gradient
-            known[f"grad_{output}"] = grad
-            if grad is not None:
-                reached |= _words(ctx.flow.get(output, ""))
-        gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-        needs = {n: i for n, i in self._gradients_at if n in reached and ctx.needs_input_grad[i]}
-        if not needs:
-            return tuple(gradients)
-        known.update(zip(self._saved, ctx.saved_tensors, strict=True))
-        known.update(zip(self._options, ctx.options, strict=True))
-        for n, _ in self._gradients_at:
-            known[f"need_{n}"] = n in needs
-        args = [known[name] for name in self.backward.names]
-        # A batch of gradients comes as tensors that have no storage.
-        direct = self.backward.may_be_direct(args) and all(
-            grad is None or torch._C._has_storage(grad) for grad in grads
-        )
-        results = self.backward.run(*args) if direct else self.backward.dispatch(args)
-        results = results if isinstance(results, tuple) else (results,)
-        for (n, i), grad in zip(self._gradients_at, results, strict=True):
-            gradients[i] = grad if n in needs else None
-        return tuple(gradients)
+    def _reached(self, flow: Mapping[str, Collection[str]], *grads: Tensor | None) -> set[str]:
+        """The inputs that these gradients of the outputs reach."""
+        given = zip(self._outputs, grads, strict=True)
+        return {n for output, grad in given if grad is not None for n in flow.get(output, ())}

@@ -9,6 +9,7 @@ launcher takes from it what its own signature names:
 
 import importlib
 import inspect
+import linecache
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -45,14 +46,37 @@ LIBRARY = _library("camkernels")
 _CPP = _library("camkernels_cpp")  # filled by csrc/
 
 
+def _bits(*keys: str) -> int:
+    bits = 0
+    for key in keys:
+        bits |= torch._C.DispatchKeySet(torch._C._dispatch_key_parse(key)).raw_repr()
+    return bits
+
+
+# Keys of the dispatcher that this thread includes while something looks at the operations: a dispatch mode, a
+# transform of torch.func, a batch of gradients, a trace.
+_WATCHING = _bits(
+    "Python",
+    "PreDispatch",
+    "PythonDispatcher",
+    "Functionalize",
+    "FuncTorchDynamicLayerFrontMode",
+    "VmapMode",
+    "Tracer",
+)
+# Those of a tensor that is its bytes on a device. Others tell a subclass, a wrapper, a negated view, zeros that
+# are not stored.
+_OTHER_THAN_BYTES = ~_bits(
+    "ADInplaceOrView",
+    *(f"{kind}{device}" for kind in ("", "Autograd", "Autocast") for device in ("CPU", "CUDA", "XPU")),
+)
+_TYPES = (Tensor, Parameter)
+_included, _keys_of = torch._C._dispatch_tls_local_include_set, torch._C._dispatch_keys
+
+
 def is_watched() -> bool:
-    """Whether something looks at the operations: a dispatch mode, a transform of ``torch.func``, a trace."""
-    return (
-        torch._C._len_torch_dispatch_stack() != 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or torch._ops._len_torch_dispatch_stack_pre_dispatch() != 0
-    )
+    """Whether something looks at the operations."""
+    return _included().raw_repr() & _WATCHING != 0
 
 
 def is_dense(tensor: Tensor, layout: torch.memory_format = torch.contiguous_format) -> bool:
@@ -85,6 +109,15 @@ def empty_like(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=memory_format(tensor))
 
 
+def empty_maps(origin: Tensor, channels_last: bool, *sizes: int) -> Tensor:
+    """``[N, C, H, W]`` in that layout, in dtype and on device of ``origin``."""
+    if not channels_last:
+        return origin.new_empty(*sizes)
+    return torch.empty(
+        sizes, dtype=origin.dtype, device=origin.device, memory_format=torch.channels_last
+    )
+
+
 def like(name: str) -> Callable[[Arguments], Tensor]:
     """A gradient of the shape, dtype and memory format of that argument."""
     return lambda a: empty_like(getattr(a, name))
@@ -101,11 +134,26 @@ def parse(arguments: str) -> dict[str, str]:
     return {name: kind for kind, name in pairs}
 
 
+def written(name: str, arguments: str, *lines: str, **known: Any) -> Callable[..., Any]:
+    """A function of these lines, which know the names ``known``.
+
+    What every call of an op does for each of its tensors is written out once, when the op is declared: on
+    small tensors loops over their names take longer than the kernels.
+    """
+    source = "\n    ".join((f"def {name}({arguments}):", *lines)) + "\n"
+    file = f"<{name} of camkernels>"
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)  # for tracebacks
+    exec(compile(source, file, "exec"), known)
+    function: Callable[..., Any] = known[name]
+    return function
+
+
 def define_kernel(name: str, reads: str, writes: str) -> None:
     """Declare a launcher of the C++ backends: its arguments, then the tensors that it fills."""
     filled = (f"Tensor({chr(97 + i)}!) {output}" for i, output in enumerate(writes.split()))
     CPP_SCHEMAS[name] = f"{name}({', '.join((reads.replace('SymInt', 'int'), *filled))}) -> ()"
     _CPP.define(CPP_SCHEMAS[name])
+    _CPP.impl(name, torch.library.fallthrough_kernel, "Autograd")  # the passes have what there is of it
 
 
 @cache
@@ -117,8 +165,9 @@ def _launcher(backend: str, kernel: str) -> tuple[Callable[..., None], Callable[
         )  # less _fwd or _bwd
         names: list[str] = list(inspect.signature(launch).parameters)
     else:
-        launch = getattr(getattr(torch.ops, CPP_LIBRARIES[backend]), kernel).default
-        names = [argument.name for argument in launch._schema.arguments]
+        overload = getattr(getattr(torch.ops, CPP_LIBRARIES[backend]), kernel).default
+        names = [argument.name for argument in overload._schema.arguments]
+        launch = overload._op
     return launch, itemgetter(*names)
 
 
@@ -169,6 +218,13 @@ def open_numbers(floats: list[float]) -> Tensor | None:
     return torch.stack([zero + number for number in floats])
 
 
+def _make_dense(a: Arguments, name: str, channels_last: bool) -> None:
+    tensor = getattr(a, name)
+    if not (channels_last and memory_format(tensor) == torch.channels_last):
+        setattr(a, name, tensor.contiguous())
+        a.copied = True
+
+
 class Pass:
     """One op of ``torch.library`` that allocates tensors and has a backend fill them.
 
@@ -186,7 +242,7 @@ class Pass:
         arrange: Allocate | None,
         launch: Callable[[Launch, Arguments], None] | None,
         finish: Allocate | None,
-        channels_last: frozenset[str],
+        channels_last: str,
         backends: tuple[str, ...],
         suits_cuda: Callable[[Arguments], bool],
     ) -> None:
@@ -196,13 +252,27 @@ class Pass:
         self.names = (*types, "numbers", "backend")
         self.results = results.split()
         self._fills = fills.split()
-        self._tensors = [n for n, kind in types.items() if kind.startswith("Tensor")]
-        self._channels_last = channels_last
-        self._allocate, self._arrange, self._finish = allocate, arrange, finish
-        self._suits_cuda = suits_cuda
-        self._launch = launch
+        self._finish, self._launch, self._suits_cuda = finish, launch, suits_cuda
         self._tensors_at = [i for i, kind in enumerate(types.values()) if kind.startswith("Tensor")]
         self._results_of = itemgetter(*self.results)
+        tests = {"Tensor": "not is_dense({0})", "Tensor?": "{0} is not None and not is_dense({0})"}
+        self._prepare = written(
+            f"prepare_{name}",
+            f"is_dense, {', '.join(self.names)}",
+            f"a = Arguments({', '.join(f'{n}={n}' for n in self.names)}, copied=False)",
+            *(
+                f"if {tests[kind].format(n)}: make_dense(a, {n!r}, {n in channels_last.split()})"
+                for n, kind in types.items()
+                if kind in tests
+            ),
+            "arrange(a)" if arrange else "",
+            "allocate(a)",
+            "return a",
+            Arguments=Arguments,
+            make_dense=_make_dense,
+            arrange=arrange,
+            allocate=allocate,
+        )
         returned = ", ".join("Tensor" for _ in self.results)
         signature = f"({arguments}, Tensor? numbers, str backend) -> ({returned})"
         self.dispatched = self._define(name, signature, (torch.Tag.pt2_compliant_tag,))
@@ -220,29 +290,13 @@ class Pass:
         """The results, by way of the dispatcher."""
         return (self.dispatched if args[-2] is None else self.dispatched_open)(*args)
 
-    def _prepared(self, args: Sequence[Any]) -> Arguments:
-        """Arguments that kernels can read in place, and what they fill."""
-        a = SimpleNamespace()
-        found = a.__dict__
-        found.update(zip(self.names, args, strict=True))
-        for name in self._tensors:
-            tensor = found[name]
-            if tensor is None or is_dense(tensor):
-                continue
-            if not (name in self._channels_last and memory_format(tensor) == torch.channels_last):
-                found[name] = tensor.contiguous()
-        if self._arrange is not None:
-            self._arrange(a)
-        self._allocate(a)
-        return a
-
-    def _returned(self, a: Arguments) -> Any:
+    def _finished(self, a: Arguments) -> Arguments:
         if self._finish is not None:
             self._finish(a)
-        return self._results_of(a.__dict__)
+        return a
 
     def _fake(self, *args: Any) -> Any:
-        return self._returned(self._prepared(args))
+        return self._results_of(self._finished(self._prepare(is_dense, *args)).__dict__)
 
     def _read_numbers(self, a: Arguments) -> None:
         values = iter(a.numbers.tolist())
@@ -251,27 +305,38 @@ class Pass:
             many = isinstance(found[name], list)
             found[name] = [next(values) for _ in found[name]] if many else next(values)
 
+    def __call__(self, args: Sequence[Any]) -> Any:
+        """The results, by the shortest way."""
+        if not torch.compiler.is_compiling():
+            backend = self._backend(args)
+            if self.may_be_direct(args, backend):
+                return self._results_of(self.fill(args, backend).__dict__)
+        return self.dispatch(args)
+
     def run(self, *args: Any) -> Any:
         """The results, by the backend that is asked for: what the dispatcher calls."""
-        first = next(x for x in args if x is not None)
+        return self._results_of(self.fill(args, self._backend(args)).__dict__)
+
+    def _backend(self, args: Sequence[Any]) -> str:
+        first = args[0] if args[0] is not None else args[1]
         backend = _backend.resolve(self.name, args[-1], first.device, first.dtype, self.backends)
         if backend == "reference":  # a graph that was made where there were kernels
             raise RuntimeError(
                 f"{self.name}: no backend here has kernels for {first.device} tensors of {first.dtype}; "
                 "python -m camkernels doctor says why"
             )
-        return self.fill(args, backend)
+        return backend
 
-    def fill(self, args: Sequence[Any], backend: str) -> Any:
-        """The results, by that backend."""
-        a = self._prepared(args)
+    def fill(self, args: Sequence[Any], backend: str) -> Arguments:
+        """The arguments and results by name, the latter by that backend."""
+        a = self._prepare(Tensor.is_contiguous, *args)
         if a.numbers is not None:
             self._read_numbers(a)
         first = args[0] if args[0] is not None else args[1]
         if first.shape[0] == 0:  # no image: nothing to launch, gradients of parameters are zero
             for name in self._fills:
                 getattr(a, name).zero_()
-            return self._returned(a)
+            return self._finished(a)
         if backend == "cuda" and a.backend == "auto" and not self._suits_cuda(a):
             unable = _backend.why_not("triton", first.device, first.dtype)
             backend = "triton" if unable is None else backend
@@ -280,21 +345,18 @@ class Pass:
             launch(*pick(a.__dict__))
         else:
             self._launch(_LAUNCHES[backend], a)
-        return self._returned(a)
+        return self._finished(a)
 
-    def may_be_direct(self, args: Sequence[Any]) -> bool:
-        """Whether a call may bypass the dispatcher: nothing traces it, and its tensors are no more than
-        tensors, but have data."""
-        if torch.compiler.is_compiling() or is_watched():
+    def may_be_direct(self, args: Sequence[Any], backend: str) -> bool:
+        """Whether a call that is not compiled may bypass the dispatcher: nothing watches it, and its tensors
+        are no more than tensors, but have data."""
+        if _included().raw_repr() & _WATCHING:
             return False
         for place in self._tensors_at:
             value = args[place]
-            if value is None:
-                continue
-            kind = type(value)
-            if (kind is not Tensor and kind is not Parameter) or value.is_meta:
+            if type(value) not in _TYPES and value is not None:
                 return False
-            # Plain to Python only: its data are other numbers than its bytes say, or not there.
-            if value.is_neg() or value._is_zerotensor() or torch._is_functional_tensor(value):
+            # A C++ kernel is called by way of the dispatcher, which knows what to do with other keys.
+            if backend == "triton" and value is not None and _keys_of(value).raw_repr() & _OTHER_THAN_BYTES:
                 return False
-        return True
+        return backend != "meta"

@@ -181,13 +181,13 @@ def placed(calls: Sequence[Call], backends: Sequence[tuple[str, str]] = KERNEL_B
 def passes() -> Iterator[list[SimpleNamespace]]:
     """What runs meanwhile: each pass as ``op``, its ``args``, and as ``values`` what it reads and makes."""
     seen: list[SimpleNamespace] = []
-    prepare = _pass.Pass._prepared
+    fill = _pass.Pass.fill
 
-    def noted(op: _pass.Pass, args: tuple[Any, ...]) -> SimpleNamespace:
-        seen.append(SimpleNamespace(op=op, args=args, values=prepare(op, args)))
+    def noted(op: _pass.Pass, args: tuple[Any, ...], backend: str) -> SimpleNamespace:
+        seen.append(SimpleNamespace(op=op, args=args, values=fill(op, args, backend)))
         return seen[-1].values
 
-    with mock.patch.object(_pass.Pass, "_prepared", noted):
+    with mock.patch.object(_pass.Pass, "fill", noted):
         yield seen
 
 

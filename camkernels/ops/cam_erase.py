@@ -164,8 +164,8 @@ CAM_ERASE = Op(
         "images": lambda a: torch.empty_like(a.grad_erased),
     },
     flow=lambda a: {
-        "erased": "images features weight" if a.sharpness else "images",
-        "cam": "features weight",
+        "erased": ("images", "features", "weight") if a.sharpness else ("images",),
+        "cam": ("features", "weight"),
     },
     save={
         **{name: for_map(name) for name in ("features", "weight", "target", "extent")},

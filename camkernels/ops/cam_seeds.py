@@ -7,7 +7,7 @@ from torch import Tensor
 
 from camkernels import _checks, reference
 from camkernels._op import Op
-from camkernels._pass import Arguments, Launch, define_kernel, like, memory_format
+from camkernels._pass import Arguments, Launch, define_kernel, empty_maps, like, memory_format
 from camkernels.ops.cam import allocate_maps, for_map, kept_map
 
 
@@ -165,9 +165,7 @@ def _allocate(a: Arguments) -> None:
 
 def _of_seeds(a: Arguments) -> Tensor:
     """The gradient of what the vectors were taken from, of which backward needs no value."""
-    like_vectors = {"dtype": a.grad_vectors.dtype, "device": a.grad_vectors.device}
-    layout = torch.channels_last if a.channels_last else torch.contiguous_format
-    return torch.empty(a.size, memory_format=layout, **like_vectors)
+    return empty_maps(a.grad_vectors, a.channels_last, *a.size)
 
 
 def _launch_bwd(launch: Launch, a: Arguments) -> None:
@@ -205,8 +203,8 @@ CAM_SEEDS = Op(
         "seed_features": _of_seeds,
     },
     flow=lambda a: {
-        "vectors": "features" if a.seed_features is None else "seed_features",
-        "cam": "features weight",
+        "vectors": ("features" if a.seed_features is None else "seed_features",),
+        "cam": ("features", "weight"),
     },
     save={
         **{name: for_map(name) for name in ("features", "weight", "target", "extent")},

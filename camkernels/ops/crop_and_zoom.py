@@ -7,7 +7,7 @@ from torch import Tensor
 
 from camkernels import _checks, reference
 from camkernels._op import Op
-from camkernels._pass import Arguments, memory_format
+from camkernels._pass import Arguments, empty_maps, memory_format
 
 
 def crop_and_zoom(images: Tensor, boxes: Tensor, size: int | Sequence[int]) -> Tensor:
@@ -53,17 +53,13 @@ def crop_and_zoom(images: Tensor, boxes: Tensor, size: int | Sequence[int]) -> T
     return zoomed
 
 
-def _resized(tensor: Tensor, height: int, width: int) -> Tensor:
-    return torch.empty(
-        (*tensor.shape[:2], height, width),
-        dtype=tensor.dtype,
-        device=tensor.device,
-        memory_format=memory_format(tensor),
-    )
-
-
 def _allocate(a: Arguments) -> None:
-    a.zoomed = _resized(a.images, a.height, a.width)
+    channels_last = memory_format(a.images) == torch.channels_last
+    a.zoomed = empty_maps(a.images, channels_last, *a.images.shape[:2], a.height, a.width)
+
+
+def _grad_images(a: Arguments) -> Tensor:
+    return empty_maps(a.grad_zoomed, a.channels_last, *a.grad_zoomed.shape[:2], a.height, a.width)
 
 
 def _reference(images: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
@@ -83,7 +79,7 @@ CROP_AND_ZOOM = Op(
     allocate=_allocate,
     reference=_reference,
     backward="Tensor grad_zoomed, Tensor boxes, SymInt height, SymInt width, bool channels_last",
-    gradients={"images": lambda a: _resized(a.grad_zoomed, a.height, a.width)},
+    gradients={"images": _grad_images},
     save={
         "height": lambda a: a.images.shape[2],
         "width": lambda a: a.images.shape[3],

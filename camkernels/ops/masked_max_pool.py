@@ -5,7 +5,7 @@ from torch import Tensor
 
 from camkernels import _checks, reference
 from camkernels._op import Op
-from camkernels._pass import Arguments, memory_format
+from camkernels._pass import Arguments, empty_maps, memory_format
 
 
 def masked_max_pool(features: Tensor, mask: Tensor) -> Tensor:
@@ -52,10 +52,7 @@ def _allocate(a: Arguments) -> None:
 
 def _grad_features(a: Arguments) -> Tensor:
     """Of ``features`` backward needs no value, only how they lay."""
-    grad = a.grad_pooled
-    layout = torch.channels_last if a.channels_last else torch.contiguous_format
-    shape = (*grad.shape, *a.mask.shape[1:])
-    return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
+    return empty_maps(a.grad_pooled, a.channels_last, *a.grad_pooled.shape, *a.mask.shape[1:])
 
 
 MASKED_MAX_POOL = Op(
