@@ -120,8 +120,8 @@ class Op:
         self.backends, self._reference = backends, reference
         names = list(parse(inputs))
         self._keeps = names[-1] == "keep"
-        self._outputs = outputs.split()
-        self._outputs_of = itemgetter(*self._outputs)
+        self.outputs = outputs.split()
+        self._outputs_of = itemgetter(*self.outputs)
         fills = f"{scratch or outputs} {kept}".strip()
         shared: dict[str, Any] = {
             "channels_last": channels_last,
@@ -145,6 +145,8 @@ class Op:
         self._floats_at = [names.index(n) for n in self.forward.floats]
         self._gradients_at = [(n, names.index(n)) for n in gradients or {}]
         self._differentiable = [i for _, i in self._gradients_at]
+        # Of ctx.needs_input_grad, the inputs by name.
+        self._needed = cache(lambda needs: frozenset(n for n, i in self._gradients_at if needs[i]))
         if gradients:
             self._make_backward(backward, gradients, flow, save or {}, arrange, launch_bwd, shared)
         OPS[name] = self
@@ -159,10 +161,10 @@ class Op:
         launch: Callable[[Launch, Arguments], None] | None,
         shared: dict[str, Any],
     ) -> None:
-        self._everything = dict.fromkeys(self._outputs, tuple(gradients))
+        self._everything = dict.fromkeys(self.outputs, tuple(gradients))
         self._flow = flow
         types = parse(backward)
-        grads = [f"grad_{output}" for output in self._outputs]
+        grads = [f"grad_{output}" for output in self.outputs]
         saved = [n for n, kind in types.items() if kind.startswith("Tensor") and n not in grads]
         options = [n for n in types if n not in (*saved, *grads)]
         saved.append("numbers")
@@ -199,7 +201,7 @@ class Op:
         self._save = written(
             f"save_for_{self.name}_bwd",
             "ctx, a, flow",
-            f"ctx.told = flow, a.backend, ({found(options)})",
+            f"ctx.told = flow, a.backend, a.served, ({found(options)})",
             "ctx.set_materialize_grads(False)",
             f"ctx.save_for_backward({found(saved)})",
             **{f"save_{n}": value for n, value in save.items()},
@@ -211,10 +213,8 @@ class Op:
             f"{self.name}_first_order",
             f"ctx, {', '.join(grads)}, *_",  # those of kept results are None
             "needs = ctx.needs_input_grad",
-            "flow, backend, options = ctx.told",
-            *(
-                (f"given = {given}",) if flow is None else (f"reached = reach(flow, {', '.join(grads)})",)
-            ),
+            "flow, backend, served, options = ctx.told",
+            *((f"given = {given}",) if flow is None else (f"reached = reach(flow, {', '.join(grads)})",)),
             *(
                 f"need_{n} = needs[{places[n]}] and " + ("given" if flow is None else f"{n!r} in reached")
                 for n in gradients
@@ -222,7 +222,7 @@ class Op:
             f"if not ({' or '.join(needs)}): return none",
             f"{', '.join(saved)}, = ctx.saved_tensors",
             f"{', '.join(options)}, = options" if options else "",
-            f"{', '.join(results)}{', ' if many else ''} = run(({', '.join(self.backward.names)}))",
+            f"{', '.join(results)}{', ' if many else ''} = run(({', '.join(self.backward.names)}), served)",
             f"return {', '.join(by_place.get(i, 'None') for i in range(len(self.forward.names) + 1))}",
             reach=self._reached,
             run=self.backward,
@@ -235,12 +235,14 @@ class Op:
 
             @staticmethod
             def forward(ctx: Any, *args: Any) -> Any:
-                inputs = args[:-1]  # the last one is the backend that serves, after the one that was asked for
+                inputs = args[
+                    :-1
+                ]  # the last one is the backend that serves, after the one that was asked for
                 a = op.forward.fill(inputs, args[-1])
                 if a.copied:  # backward gets what came
                     a.__dict__.update(zip(op.forward.names, inputs, strict=True))
                 outputs = op._outputs_of(a.__dict__)
-                op._keep(ctx, a, op._outputs)
+                op._keep(ctx, a, op.outputs)
                 return outputs
 
             @staticmethod
@@ -255,16 +257,20 @@ class Op:
 
     def backend(self, function: str, *args: Any) -> str:
         """The backend that serves these arguments; errors name ``function``."""
+        return self._backend(function, _backend.setting(), args)
+
+    def _backend(self, function: str, asked: str, args: tuple[Any, ...]) -> str:
         first = args[self._decides[0]]
         dtype = first.dtype
         for place in self._decides[1:]:
             if args[place] is not None and args[place].dtype == torch.float64:
                 dtype = torch.float64
-        return _backend.resolve(function, _backend.setting(), first.device, dtype, self.backends)
+        return _backend.resolve(function, asked, first.device, dtype, self.backends)
 
     def __call__(self, function: str, *args: Any) -> Any:
         """The outputs, by the backend that was asked for; errors name ``function``."""
-        backend = self.backend(function, *args)
+        asked = _backend.setting()
+        backend = self._backend(function, asked, args)
         if backend == "reference":
             return self._reference(*args)
         needed = False
@@ -276,12 +282,11 @@ class Op:
                     break
         if self._keeps:
             args = (*args, needed)
-        if torch.compiler.is_compiling() or not self.forward.may_be_direct(args, backend):
+        if torch.compiler.is_compiling() or not self.forward.may_be_direct(backend, *args, None, asked):
             return self._dispatch(function, args)
         if needed or (self._differentiable and forward_ad._current_level >= 0):
-            return self._apply(*args, None, _backend.setting(), backend)
-        args = (*args, None, _backend.setting())
-        return self._outputs_of(self.forward.fill(args, backend).__dict__)
+            return self._apply(*args, None, asked, backend)
+        return self._outputs_of(self.forward.fill((*args, None, asked), backend).__dict__)
 
     def _dispatch(self, function: str, args: tuple[Any, ...]) -> Any:
         """The outputs, by way of the dispatcher, which has all results of the forward pass."""
@@ -294,7 +299,7 @@ class Op:
         if torch.compiler.is_compiling():
             args, numbers = self._with_open_numbers(args)
         results = self.forward.dispatch((*args, numbers, _backend.setting()))
-        count = len(self._outputs)
+        count = len(self.outputs)
         if count == len(self.forward.results):
             return results
         return results[0] if count == 1 else results[:count]
@@ -314,7 +319,7 @@ class Op:
         results = output if isinstance(output, tuple) else (output,)
         found = dict(zip(self.forward.results, results, strict=True))
         found.update(zip(self.forward.names, inputs, strict=True))
-        self._keep(ctx, SimpleNamespace(**found), self.forward.results)
+        self._keep(ctx, SimpleNamespace(**found, served=None), self.forward.results)
 
     def _keep(self, ctx: Any, a: Arguments, returned: list[str]) -> None:
         """What backward needs of a call that returns those results."""
@@ -327,10 +332,6 @@ class Op:
         if a.numbers is not None:
             a.numbers = self._numbers_of_backward(a)
         self._save(ctx, a, flow)
-
-    @cache
-    def _needed(self, needs: tuple[bool, ...]) -> frozenset[str]:
-        return frozenset(n for n, i in self._gradients_at if needs[i])
 
     def _numbers_of_backward(self, a: Arguments) -> Tensor:
         """Those of ``numbers`` that are options of the backward pass, in its order."""
@@ -345,7 +346,7 @@ class Op:
         the output), and would leave its second derivative out in silence.
         """
         # Under torch.compile AOTAutograd refuses double backward by itself.
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._first_order(ctx, *grads)
         with torch.no_grad():
             found = self._first_order(ctx, *grads)
@@ -354,5 +355,5 @@ class Op:
 
     def _reached(self, flow: Mapping[str, Collection[str]], *grads: Tensor | None) -> set[str]:
         """The inputs that these gradients of the outputs reach."""
-        given = zip(self._outputs, grads, strict=True)
+        given = zip(self.outputs, grads, strict=True)
         return {n for output, grad in given if grad is not None for n in flow.get(output, ())}

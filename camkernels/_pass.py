@@ -64,14 +64,19 @@ _WATCHING = _bits(
     "VmapMode",
     "Tracer",
 )
-# Those of a tensor that is its bytes on a device. Others tell a subclass, a wrapper, a negated view, zeros that
-# are not stored.
+# Those of a tensor that is its bytes on a device. Others tell a subclass, a wrapper, a negated view, zeros
+# that are not stored.
 _OTHER_THAN_BYTES = ~_bits(
     "ADInplaceOrView",
     *(f"{kind}{device}" for kind in ("", "Autograd", "Autocast") for device in ("CPU", "CUDA", "XPU")),
 )
 _TYPES = (Tensor, Parameter)
-_included, _keys_of = torch._C._dispatch_tls_local_include_set, torch._C._dispatch_keys
+_included = torch._C._dispatch_tls_local_include_set
+
+
+def _are_bytes(*tensors: Tensor | None) -> bool:
+    keys = (torch._C._dispatch_keys(tensor).raw_repr() for tensor in tensors if tensor is not None)
+    return not any(bits & _OTHER_THAN_BYTES for bits in keys)
 
 
 def is_watched() -> bool:
@@ -113,9 +118,7 @@ def empty_maps(origin: Tensor, channels_last: bool, *sizes: int) -> Tensor:
     """``[N, C, H, W]`` in that layout, in dtype and on device of ``origin``."""
     if not channels_last:
         return origin.new_empty(*sizes)
-    return torch.empty(
-        sizes, dtype=origin.dtype, device=origin.device, memory_format=torch.channels_last
-    )
+    return torch.empty(sizes, dtype=origin.dtype, device=origin.device, memory_format=torch.channels_last)
 
 
 def like(name: str) -> Callable[[Arguments], Tensor]:
@@ -253,7 +256,6 @@ class Pass:
         self.results = results.split()
         self._fills = fills.split()
         self._finish, self._launch, self._suits_cuda = finish, launch, suits_cuda
-        self._tensors_at = [i for i, kind in enumerate(types.values()) if kind.startswith("Tensor")]
         self._results_of = itemgetter(*self.results)
         tests = {"Tensor": "not is_dense({0})", "Tensor?": "{0} is not None and not is_dense({0})"}
         self._prepare = written(
@@ -272,6 +274,25 @@ class Pass:
             make_dense=_make_dense,
             arrange=arrange,
             allocate=allocate,
+        )
+        # Whether a call that is not compiled may bypass the dispatcher.
+        self.may_be_direct = written(
+            f"{name}_may_be_direct",
+            f"served, {', '.join(self.names)}",
+            "if included().raw_repr() & WATCHING or served == 'meta': return False",
+            *(
+                f"if type({n}) not in TYPES"
+                + f" and {n} is not None" * (kind == "Tensor?")
+                + ": return False"
+                for n, kind in types.items()
+                if kind in tests
+            ),
+            # A C++ kernel is called by way of the dispatcher, which knows what to do with other tensors.
+            f"return served != 'triton' or are_bytes({', '.join(n for n in types if types[n] in tests)})",
+            included=_included,
+            are_bytes=_are_bytes,
+            TYPES=_TYPES,
+            WATCHING=_WATCHING,
         )
         returned = ", ".join("Tensor" for _ in self.results)
         signature = f"({arguments}, Tensor? numbers, str backend) -> ({returned})"
@@ -305,11 +326,11 @@ class Pass:
             many = isinstance(found[name], list)
             found[name] = [next(values) for _ in found[name]] if many else next(values)
 
-    def __call__(self, args: Sequence[Any]) -> Any:
-        """The results, by the shortest way."""
+    def __call__(self, args: Sequence[Any], backend: str | None) -> Any:
+        """The results, by the shortest way; ``backend`` is the one that serves, where it is known."""
         if not torch.compiler.is_compiling():
-            backend = self._backend(args)
-            if self.may_be_direct(args, backend):
+            backend = backend or self._backend(args)
+            if self.may_be_direct(backend, *args):
                 return self._results_of(self.fill(args, backend).__dict__)
         return self.dispatch(args)
 
@@ -330,6 +351,7 @@ class Pass:
     def fill(self, args: Sequence[Any], backend: str) -> Arguments:
         """The arguments and results by name, the latter by that backend."""
         a = self._prepare(Tensor.is_contiguous, *args)
+        a.served = backend
         if a.numbers is not None:
             self._read_numbers(a)
         first = args[0] if args[0] is not None else args[1]
@@ -346,17 +368,3 @@ class Pass:
         else:
             self._launch(_LAUNCHES[backend], a)
         return self._finished(a)
-
-    def may_be_direct(self, args: Sequence[Any], backend: str) -> bool:
-        """Whether a call that is not compiled may bypass the dispatcher: nothing watches it, and its tensors
-        are no more than tensors, but have data."""
-        if _included().raw_repr() & _WATCHING:
-            return False
-        for place in self._tensors_at:
-            value = args[place]
-            if type(value) not in _TYPES and value is not None:
-                return False
-            # A C++ kernel is called by way of the dispatcher, which knows what to do with other keys.
-            if backend == "triton" and value is not None and _keys_of(value).raw_repr() & _OTHER_THAN_BYTES:
-                return False
-        return backend != "meta"

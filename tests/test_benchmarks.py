@@ -1,6 +1,7 @@
 """The benchmarks' own arithmetic, a tiny run of them, and their report. No timing is asserted."""
 
 import dataclasses
+import importlib
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ from calls import passes
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-import bench_attention_boxes  # noqa: E402
+import bench_cam  # noqa: E402
 import bench_cam_erase  # noqa: E402
 import bench_cam_seeds  # noqa: E402
 import bench_cam_transform_mse  # noqa: E402
@@ -22,9 +23,8 @@ import bench_crop_and_zoom  # noqa: E402
 import bench_focus_area  # noqa: E402
 import bench_local_activations  # noqa: E402
 import bench_local_level_loss  # noqa: E402
-import bench_masked_max_pool  # noqa: E402
 import bench_negative_cam_loss  # noqa: E402
-import bench_otsu_mask  # noqa: E402
+import bench_stochastic_consistency  # noqa: E402
 import harness  # noqa: E402
 import maps  # noqa: E402
 import measure  # noqa: E402
@@ -32,6 +32,7 @@ import report  # noqa: E402
 import results  # noqa: E402
 import schema  # noqa: E402
 
+from camkernels._op import OPS  # noqa: E402
 from camkernels.reference import cam  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -49,37 +50,29 @@ NEGATIVES = [
     {"id": "all", "N": 3, "C": 4, "HW": [5, 6], "L": 7, "k": 7},
     {"id": "two positives", "N": 3, "C": 4, "HW": [5, 6], "L": 7, "k": 2, "positives": 2},
 ]
-LOCAL = {"id": "smoke toy", "N": 3, "C": 4, "HW": [5, 6], "L": 7, "n": 3}
-OTSU = {"id": "toy", "N": 3, "HW": [5, 6], "bins": 16}
-ZOOM = {"id": "toy", "N": 3, "D": 2, "image": [8, 10], "size": [7, 9]}
+# Of every other benchmark.
+LOCAL = {
+    "id": "smoke toy",
+    "N": 3,
+    "C": 4,
+    "HW": [5, 6],
+    "L": 7,
+    "n": 3,
+    "bins": 16,
+    "D": 2,
+    "image": [8, 10],
+    "size": [7, 9],
+    "K": 2,
+    "images_per_class": 2,
+}
 NEGATIVE_VARIANTS = [(row, variant) for row in NEGATIVES for variant in bench_negative_cam_loss.variants(row)]
 SEED_VARIANTS = [(row, variant) for row in SEEDS for variant in bench_cam_seeds.VARIANTS]
 PAIR_VARIANTS = [(row, variant) for row in PAIRS for variant in bench_cam_transform_mse.variants(row)]
-ATTENTION = [  # from classifier activations
-    (bench, row, variant)
-    for bench, row in (
-        (bench_attention_boxes, LOCAL),
-        (bench_crop_and_zoom, ZOOM),
-        (bench_local_activations, LOCAL),
-        (bench_local_level_loss, LOCAL),
-        (bench_masked_max_pool, LOCAL),
-        (bench_otsu_mask, OTSU),
-    )
-    for variant in bench.OP.variants(row)
+BENCHES = tuple(importlib.import_module(path.stem) for path in sorted(BENCHMARKS.glob("bench_*.py")))
+MAPS = (bench_cam_erase, bench_cam_seeds, bench_cam_transform_mse, bench_negative_cam_loss, bench_focus_area)
+OTHERS = [
+    (bench, LOCAL, variant) for bench in BENCHES if bench not in MAPS for variant in bench.OP.variants(LOCAL)
 ]
-BENCHES = (
-    bench_attention_boxes,
-    bench_cam_erase,
-    bench_cam_seeds,
-    bench_cam_transform_mse,
-    bench_crop_and_zoom,
-    bench_focus_area,
-    bench_local_activations,
-    bench_local_level_loss,
-    bench_masked_max_pool,
-    bench_negative_cam_loss,
-    bench_otsu_mask,
-)
 
 
 def test_floor_is_the_longer_of_bytes_and_flops():
@@ -220,14 +213,16 @@ def test_cost_of_focus_area_counts_its_tensors(variant):
     assert bench_focus_area.cost(ROW, variant, torch.float32, "forward") == measure.Cost(moved, 3 * 4 * 30)
 
 
-@pytest.mark.parametrize("bench, row, variant", ATTENTION)
-def test_cost_of_attention_counts_its_tensors(bench, row, variant):
+@pytest.mark.parametrize("bench, row, variant", OTHERS)
+def test_cost_of_the_others_counts_its_tensors(bench, row, variant):
     inputs = bench.make(row, variant, torch.float32, torch.Generator().manual_seed(0))
     outputs = bench.OP.eager(*inputs.args, **inputs.options)
     outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
     read, written = measure.tensor_bytes(inputs.args), measure.tensor_bytes(outputs)
     if bench is bench_crop_and_zoom:  # of the images, what lies in boxes half as wide and as high
         read -= measure.tensor_bytes(inputs.args[:1]) * 3 // 4
+    if bench is bench_cam:  # of the weight, the three classes asked for
+        read -= measure.tensor_bytes(inputs.args[1:2]) * 4 // 7
     assert bench.cost(row, variant, torch.float32, "forward").bytes == read + written
     if "forward+backward" in bench.OP.directions:
         read = measure.tensor_bytes(inputs.grads)
@@ -236,8 +231,15 @@ def test_cost_of_attention_counts_its_tensors(bench, row, variant):
         elif bench is bench_local_activations:
             features, weight, _ = inputs.args
             read += measure.tensor_bytes([features, weight]) + bench.kept_bytes(row)
-        elif bench is bench_local_level_loss:
+        elif bench in (bench_local_level_loss, bench_stochastic_consistency):
             read += measure.tensor_bytes(inputs.args)
+        elif bench is bench_cam:
+            map_bytes = measure.tensor_bytes(outputs) if variant == "normalized" else 0
+            read += (
+                measure.tensor_bytes(inputs.args)
+                - measure.tensor_bytes(inputs.args[1:2]) * 4 // 7
+                + map_bytes
+            )
         else:
             read += measure.tensor_bytes(inputs.args[1:]) + bench.kept_bytes(row)
         written = measure.tensor_bytes([inputs.args[index] for index in inputs.differentiable])
@@ -251,14 +253,13 @@ def test_operations_of_local_activations():
     assert cost(LOCAL, "contiguous", torch.float32, "backward").flops == 2 * product
 
 
-def test_kept_bytes_of_attention_are_what_the_ops_make():
-    for bench, names in (
-        (bench_local_activations, ["winner", "attention_class"]),
-        (bench_local_level_loss, ["losses"]),
-        (bench_masked_max_pool, ["index"]),
-    ):
-        made = made_by(bench, LOCAL, "contiguous")
-        assert bench.kept_bytes(LOCAL) == measure.tensor_bytes([getattr(made, name) for name in names])
+@pytest.mark.parametrize("bench, row, variant", [each for each in OTHERS if hasattr(each[0], "kept_bytes")])
+def test_kept_bytes_of_the_others_are_what_the_ops_make(bench, row, variant):
+    made = vars(made_by(bench, row, variant))
+    op = next(op for op in OPS.values() if op.function == bench.OP.name)
+    extra = made.keys() - {*op.forward.names, *op.outputs}
+    tensors = [made[name] for name in extra if isinstance(made[name], torch.Tensor)]
+    assert bench.kept_bytes(row) == measure.tensor_bytes(tensors)
 
 
 @pytest.mark.parametrize("row, variant", PAIR_VARIANTS)
@@ -309,8 +310,8 @@ def test_forms_of_negative_cam_loss_are_its_definition(row, variant, form):
         torch.testing.assert_close(ours, true, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("bench, row, variant", ATTENTION)
-def test_forms_of_attention_are_their_definition(bench, row, variant):
+@pytest.mark.parametrize("bench, row, variant", OTHERS)
+def test_forms_of_the_others_are_their_definition(bench, row, variant):
     inputs = bench.make(row, variant, torch.float32, torch.Generator().manual_seed(0)).double()
     direction = bench.OP.directions[-1]
     truth = harness.Provider("reference", bench.OP.reference)(inputs, direction)
@@ -388,7 +389,7 @@ def test_no_pixel_is_left_about_the_threshold(dtype):
     + [(bench_cam_transform_mse, *each) for each in PAIR_VARIANTS]
     + [(bench_negative_cam_loss, *each) for each in NEGATIVE_VARIANTS]
     + [(bench_focus_area, ROW, layout) for layout in maps.LAYOUTS]
-    + ATTENTION,
+    + OTHERS,
 )
 def test_a_wrong_result_is_refused(bench, row, variant):
     inputs = bench.make(row, variant, torch.float32, torch.Generator().manual_seed(0))
