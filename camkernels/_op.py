@@ -44,6 +44,11 @@ Gradients = tuple[Tensor | None, ...]
 Flow = Callable[[Arguments], Mapping[str, Collection[str]]]
 
 OPS: dict[str, "Op"] = {}
+# Names in the lines that are written for an op; its arguments need others.
+_TAKEN = (
+    "a ctx flow backend served options needs given reached nothing run reach allocate arrange is_dense "
+    "make_dense included are_bytes"
+)
 
 
 def _nothing(a: Arguments) -> Tensor:
@@ -119,6 +124,9 @@ class Op:
         self.name, self.function = name, function or name
         self.backends, self._reference = backends, reference
         names = list(parse(inputs))
+        clash = sorted({*_TAKEN.split()} & {*names, *parse(backward)})
+        if clash:
+            raise ValueError(f"{name}: no argument of an op may be called {' or '.join(clash)}")
         self._keeps = names[-1] == "keep"
         self.outputs = outputs.split()
         self._outputs_of = itemgetter(*self.outputs)
@@ -147,111 +155,97 @@ class Op:
         self._differentiable = [i for _, i in self._gradients_at]
         # Of ctx.needs_input_grad, the inputs by name.
         self._needed = cache(lambda needs: frozenset(n for n, i in self._gradients_at if needs[i]))
+        self._everything = dict.fromkeys(self.outputs, tuple(gradients or {}))
+        self._flow = flow
         if gradients:
-            self._make_backward(backward, gradients, flow, save or {}, arrange, launch_bwd, shared)
+            self._make_backward(backward, gradients, arrange, launch_bwd, shared)
+            self._write_autograd(parse(backward), save or {})
+            self._register_autograd()
         OPS[name] = self
 
     def _make_backward(
         self,
         backward: str,
         gradients: Mapping[str, Callable[[Arguments], Tensor]],
-        flow: Flow | None,
-        save: Mapping[str, Callable[[Arguments], Any]],
         arrange: Allocate | None,
         launch: Callable[[Launch, Arguments], None] | None,
         shared: dict[str, Any],
     ) -> None:
-        self._everything = dict.fromkeys(self.outputs, tuple(gradients))
-        self._flow = flow
-        types = parse(backward)
-        grads = [f"grad_{output}" for output in self.outputs]
-        saved = [n for n, kind in types.items() if kind.startswith("Tensor") and n not in grads]
-        options = [n for n in types if n not in (*saved, *grads)]
-        saved.append("numbers")
-        needs = [f"need_{n}" for n in gradients]
-        results = [f"grad_{n}" for n in gradients]
-        many = len(gradients) > 1
-        schema = ", ".join((backward, *(f"bool {need}" for need in needs if many)))
+        results = " ".join(f"grad_{n}" for n in gradients)
+        if len(gradients) == 1:
+            schema, allocated = backward, [f"a.grad_{n} = {n}(a)" for n in gradients]
+        else:
+            schema = ", ".join((backward, *(f"bool need_{n}" for n in gradients)))
+            allocated = [f"a.grad_{n} = {n}(a) if a.need_{n} else nothing(a)" for n in gradients]
+        name = f"{self.name}_bwd"
         self.backward = Pass(
-            f"{self.name}_bwd",
+            name,
             schema,
-            " ".join(results),
-            fills=" ".join(results),
-            allocate=written(
-                f"allocate_{self.name}_bwd",
-                "a",
-                *(
-                    f"a.grad_{n} = {n}(a)" + (f" if a.need_{n} else nothing(a)" if many else "")
-                    for n in gradients
-                ),
-                nothing=_nothing,
-                **gradients,
-            ),
+            results,
+            fills=results,
+            allocate=written(f"allocate_{name}", "a", *allocated, nothing=_nothing, **gradients),
             arrange=arrange,
             launch=launch,
             finish=None,
             **shared,
         )
         if launch is None:
-            define_kernel(f"{self.name}_bwd", schema, " ".join(results))
+            define_kernel(name, schema, results)
 
-        def found(names: list[str]) -> str:
+    def _write_autograd(self, types: dict[str, str], save: Mapping[str, Callable[[Arguments], Any]]) -> None:
+        """Write ``self._save(ctx, a, flow)``, which saves what backward takes, arguments of these types, and
+        ``self.first_order(ctx, *grads)``, the gradients of all arguments of the forward pass."""
+        grads = [f"grad_{output}" for output in self.outputs]
+        saved = [n for n, kind in types.items() if kind.startswith("Tensor") and n not in grads]
+        options = [n for n in types if n not in (*saved, *grads)]
+        saved.append("numbers")
+
+        def values(names: list[str]) -> str:
             return "".join(f"save_{n}(a), " if n in save else f"a.{n}, " for n in names)
 
         self._save = written(
             f"save_for_{self.name}_bwd",
             "ctx, a, flow",
-            f"ctx.told = flow, a.backend, a.served, ({found(options)})",
+            f"ctx.told = flow, a.backend, a.served, ({values(options)})",
             "ctx.set_materialize_grads(False)",
-            f"ctx.save_for_backward({found(saved)})",
+            f"ctx.save_for_backward({values(saved)})",
             **{f"save_{n}": value for n, value in save.items()},
         )
-        places = dict(self._gradients_at)
-        given = " or ".join(f"{grad} is not None" for grad in grads)
-        by_place = {places[n]: f"grad_{n}" + f" if need_{n} else None" * many for n in gradients}
-        self._first_order = written(
+        if self._flow is None:
+            reached = f"given = {' or '.join(f'{grad} is not None' for grad in grads)}"
+            needs = [f"need_{n} = needs[{i}] and given" for n, i in self._gradients_at]
+        else:
+            reached = f"reached = reach(flow, {', '.join(grads)})"
+            needs = [f"need_{n} = needs[{i}] and {n!r} in reached" for n, i in self._gradients_at]
+        results = ", ".join(f"grad_{n}" for n, _ in self._gradients_at)
+        returned = ["None"] * (len(self.forward.names) + 1)  # and the backend that served
+        for n, i in self._gradients_at:
+            returned[i] = f"grad_{n} if need_{n} else None"
+        self.first_order = written(
             f"{self.name}_first_order",
             f"ctx, {', '.join(grads)}, *_",  # those of kept results are None
-            "needs = ctx.needs_input_grad",
             "flow, backend, served, options = ctx.told",
-            *((f"given = {given}",) if flow is None else (f"reached = reach(flow, {', '.join(grads)})",)),
-            *(
-                f"need_{n} = needs[{places[n]}] and " + ("given" if flow is None else f"{n!r} in reached")
-                for n in gradients
-            ),
-            f"if not ({' or '.join(needs)}): return none",
+            "needs = ctx.needs_input_grad",
+            reached,
+            *needs,
+            f"if not ({' or '.join(f'need_{n}' for n, _ in self._gradients_at)}): return nothing",
             f"{', '.join(saved)}, = ctx.saved_tensors",
             f"{', '.join(options)}, = options" if options else "",
-            f"{', '.join(results)}{', ' if many else ''} = run(({', '.join(self.backward.names)}), served)",
-            f"return {', '.join(by_place.get(i, 'None') for i in range(len(self.forward.names) + 1))}",
+            f"{results} = run(({', '.join(self.backward.names)}), served)",
+            f"return {', '.join(returned)}",
             reach=self._reached,
             run=self.backward,
-            none=(None,) * (len(self.forward.names) + 1),
+            nothing=(None,) * len(returned),
         )
-        op = self
 
-        class Function(torch.autograd.Function):
-            """The op in eager mode, around its launchers."""
-
-            @staticmethod
-            def forward(ctx: Any, *args: Any) -> Any:
-                inputs = args[
-                    :-1
-                ]  # the last one is the backend that serves, after the one that was asked for
-                a = op.forward.fill(inputs, args[-1])
-                if a.copied:  # backward gets what came
-                    a.__dict__.update(zip(op.forward.names, inputs, strict=True))
-                outputs = op._outputs_of(a.__dict__)
-                op._keep(ctx, a, op.outputs)
-                return outputs
-
-            @staticmethod
-            def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
-                return op._backward(ctx, *grads)
-
-        Function.__name__ = Function.__qualname__ = self.name
+    def _register_autograd(self) -> None:
+        function: Any = type(
+            self.name,
+            (torch.autograd.Function,),
+            {"forward": staticmethod(self._forward), "backward": staticmethod(self._backward)},
+        )
         # Without what Function.apply does for torch.func, inside of which this is never called.
-        self._apply = super(torch.autograd.Function, Function).apply
+        self._apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
         for overload in filter(None, (self.forward.dispatched, self.forward.dispatched_open)):
             torch.library.register_autograd(overload, self._backward, setup_context=self._setup, lib=LIBRARY)
 
@@ -314,6 +308,16 @@ class Op:
             changed[i] = [settled(x) for x in args[i]] if many else settled(args[i])
         return tuple(changed), numbers
 
+    def _forward(self, ctx: Any, *args: Any) -> Any:
+        """The outputs in eager mode; the last argument is the backend that serves."""
+        inputs, served = args[:-1], args[-1]
+        a = self.forward.fill(inputs, served)
+        outputs = self._outputs_of(a.__dict__)
+        if a.copied:  # backward gets what came
+            a.__dict__.update(zip(self.forward.names, inputs, strict=True))
+        self._keep(ctx, a, self.outputs)
+        return outputs
+
     def _setup(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         """What backward needs of a call by way of the dispatcher."""
         results = output if isinstance(output, tuple) else (output,)
@@ -326,7 +330,7 @@ class Op:
         found = a.__dict__
         flow = self._everything if self._flow is None else self._flow(a)
         a.needed = needed = self._needed(ctx.needs_input_grad)
-        if returned is self.forward.results or flow is not self._everything or not needed:
+        if returned is not self.outputs or flow is not self._everything or not needed:
             constant = [found[n] for n in returned if needed.isdisjoint(flow.get(n, ()))]
             ctx.mark_non_differentiable(*constant)
         if a.numbers is not None:
@@ -347,9 +351,9 @@ class Op:
         """
         # Under torch.compile AOTAutograd refuses double backward by itself.
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._first_order(ctx, *grads)
+            return self.first_order(ctx, *grads)
         with torch.no_grad():
-            found = self._first_order(ctx, *grads)
+            found = self.first_order(ctx, *grads)
         anchors = (*ctx.saved_tensors, *grads)  # whatever a second derivative could be asked for
         return tuple(g if g is None else _NoSecondOrder.apply(self.function, g, *anchors) for g in found)
 

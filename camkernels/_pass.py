@@ -143,7 +143,7 @@ def written(name: str, arguments: str, *lines: str, **known: Any) -> Callable[..
     What every call of an op does for each of its tensors is written out once, when the op is declared: on
     small tensors loops over their names take longer than the kernels.
     """
-    source = "\n    ".join((f"def {name}({arguments}):", *lines)) + "\n"
+    source = "\n    ".join((f"def {name}({arguments}):", *filter(None, lines))) + "\n"
     file = f"<{name} of camkernels>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)  # for tracebacks
     exec(compile(source, file, "exec"), known)

@@ -12,40 +12,14 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from calls import CALLS
 from cases import GPU, Case
 
 import camkernels
-from camkernels import (
-    _backend,
-    _op,
-    _pass,
-    attention_boxes,
-    crop_and_zoom,
-    focus_area,
-    fused_cam,
-    fused_local_activations,
-    fused_negative_cam_loss,
-    local_level_loss,
-    masked_max_pool,
-    otsu_mask,
-    stochastic_consistency,
-    use_backend,
-)
+from camkernels import _backend, _pass, focus_area, fused_cam, fused_negative_cam_loss, use_backend
 
-IMAGES, MASK, CLASS = torch.ones(1, 2, 3, 3), torch.ones(1, 3, 3).bool(), torch.zeros(1, dtype=torch.int64)
-# Functions without CUDA C++ kernels, by the modules of their ops.
-WITHOUT_CUDA = {
-    "focus_area": lambda: focus_area(IMAGES),
-    "negative_cam_loss": lambda: fused_negative_cam_loss(IMAGES, torch.ones(4, 2), CLASS),
-    "local_activations": lambda: fused_local_activations(IMAGES, torch.ones(1, 3, 2)),
-    "local_level_loss": lambda: local_level_loss(IMAGES, MASK, CLASS),
-    "attention_boxes": lambda: attention_boxes(MASK),
-    "crop_and_zoom": lambda: crop_and_zoom(IMAGES, torch.tensor([[0.0, 0.0, 1.0, 1.0]]), 2),
-    "otsu_mask": lambda: otsu_mask(IMAGES),
-    "masked_max_pool": lambda: masked_max_pool(IMAGES, MASK),
-    "stochastic_consistency": lambda: stochastic_consistency(IMAGES[0][None, 0], CLASS),
-}
-
+# A call of each function that has no CUDA C++ kernels.
+WITHOUT_CUDA = {call.op.function: call for call in CALLS if "cuda" not in call.op.backends}
 
 CPU, CUDA, XPU, MPS = (torch.device(kind) for kind in ("cpu", "cuda", "xpu", "mps"))
 
@@ -88,10 +62,10 @@ def test_auto_falls_back_to_the_reference_elsewhere():
     assert _backend.resolve("fused_cam", "auto", CUDA, torch.float64) == "reference"
 
 
-@pytest.mark.parametrize("op", WITHOUT_CUDA)
-def test_auto_passes_over_a_backend_without_kernels_for_the_function(monkeypatch, op):
+@pytest.mark.parametrize("call", WITHOUT_CUDA.values(), ids=WITHOUT_CUDA)
+def test_auto_passes_over_a_backend_without_kernels_for_the_function(monkeypatch, call):
     """As on a machine where every backend serves, and where Triton does not."""
-    backends = _op.OPS[op].backends
+    backends = call.op.backends
     monkeypatch.setattr(_backend, "why_not", lambda *question: None)
     assert _backend.resolve("function", "auto", CUDA, torch.float32) == "cuda"
     assert _backend.resolve("function", "auto", CUDA, torch.float32, backends) == "triton"
@@ -104,15 +78,16 @@ def test_auto_passes_over_a_backend_without_kernels_for_the_function(monkeypatch
 
 
 @pytest.mark.parametrize("everything_serves", [False, True])
-@pytest.mark.parametrize("op", WITHOUT_CUDA)
-def test_a_backend_without_kernels_for_the_function_says_so(monkeypatch, op, everything_serves):
+@pytest.mark.parametrize("call", WITHOUT_CUDA.values(), ids=WITHOUT_CUDA)
+def test_a_backend_without_kernels_for_the_function_says_so(monkeypatch, call, everything_serves):
     monkeypatch.setattr(_backend, "_main", "cuda")
     if everything_serves:
         monkeypatch.setattr(_backend, "why_not", lambda *question: None)
-    function = f"fused_{op}" if op in ("negative_cam_loss", "local_activations") else op
-    message = f"^{function}: backend 'cuda' has no kernels for it; use one of auto, reference, cpu, triton$"
+    case = Case()
+    inputs = call.inputs(case)
+    message = f"^{call.name}: backend 'cuda' has no kernels for it; use one of auto, reference, cpu, triton$"
     with pytest.raises(RuntimeError, match=message):
-        WITHOUT_CUDA[op]()
+        call.outputs(case, inputs)
 
 
 def test_the_ops_of_such_a_function_say_so_themselves():

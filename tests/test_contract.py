@@ -23,6 +23,7 @@ from camkernels import (
     masked_max_pool,
     reference,
 )
+from camkernels._op import OPS, Op
 from camkernels.losses import HomogeneousNegativeCAMLoss
 
 # What the front does is the same for all kernels, so that Triton's interpreter, which is slow, need not run.
@@ -639,3 +640,12 @@ class TestSeedsOnAGpu:
         assert truth[2].min() > num_seeds
         for ours, theirs in zip(found[:3], truth[:3], strict=True):
             assert torch.equal(ours.cpu(), theirs)
+
+
+def test_the_lines_written_for_an_op_can_be_read():
+    assert "ctx.saved_tensors" in inspect.getsource(OPS["cam"].first_order)
+
+
+def test_arguments_of_an_op_leave_the_written_lines_their_names():
+    with pytest.raises(ValueError, match="toy: no argument of an op may be called a or flow"):
+        Op("toy", "Tensor flow, int a", outputs="x", allocate=lambda a: None, reference=lambda flow, a: flow)

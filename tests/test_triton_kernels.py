@@ -3,17 +3,19 @@
 Values and gradients of every op on this backend are compared in the op's own file, test_cam.py and so on.
 """
 
+import importlib
 from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
 import torch
-from calls import passes, run_pass
-from cases import may_hold_infinities
+from calls import CALLS, passes, run_pass
+from cases import Case, may_hold_infinities
 from closeness import assert_as_close_as
 
 import camkernels
 from camkernels import _backend, reference
+from camkernels._op import Op
 from camkernels.ops.local_activations import LOCAL_ACTIVATIONS
 from camkernels.ops.local_level_loss import LOCAL_LEVEL_LOSS
 from camkernels.ops.negative_cam_loss import NEGATIVE_CAM_LOSS
@@ -597,19 +599,22 @@ def test_what_did_not_win_adds_nothing(dtype):
         torch.testing.assert_close(value.cpu().double(), exact, rtol=0, atol=0, equal_nan=True)
 
 
-def test_ops_on_attention_are_one_launch_each_way(started):
-    features = torch.randn((2, 5, 6, 7), device=DEVICE, requires_grad=True)
-    mask, _ = camkernels.otsu_mask(features[:, 0], bins=2)
-    boxes = camkernels.attention_boxes(mask)
-    assert started == ["otsu_mask_kernel", "attention_boxes_kernel"]
-    for name, value in (
-        ("masked_max_pool", lambda: camkernels.masked_max_pool(features, mask)),
-        ("local_level_loss", lambda: camkernels.local_level_loss(features, mask, boxes.new_zeros(2).long())),
-        ("crop_and_zoom", lambda: camkernels.crop_and_zoom(features, boxes, 4)),
-    ):
-        started.clear()
-        value().sum().backward()
-        assert started == [f"{name}_kernel", f"{name}_bwd_kernel"]
+def has_one_kernel(op: Op) -> bool:
+    return hasattr(importlib.import_module(f"camkernels.triton.{op.name}"), f"{op.name}_kernel")
+
+
+@pytest.mark.parametrize("call", [call for call in CALLS if has_one_kernel(call.op)], ids=str)
+def test_ops_of_one_kernel_are_one_launch_each_way(started, call):
+    case = Case(images=2, channels=5, classes=3, shape=(6, 7), device=DEVICE)
+    inputs = call.inputs(case)
+    for leaf in call.leaves:
+        inputs[leaf].requires_grad_()
+    outputs = call.outputs(case, inputs)
+    assert started == [f"{call.op.name}_kernel"]
+    started.clear()
+    if call.leaves:
+        sum(x.sum() for x in outputs).backward()
+        assert started == [f"{call.op.name}_bwd_kernel"]
 
 
 def test_otsu_takes_map_after_map_and_bins_in_several_blocks(monkeypatch):

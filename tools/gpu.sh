@@ -58,8 +58,9 @@ if [[ ${2:-} == "" ]]; then
 else
   # Compilations take most of it: a step for each op, so that one which ends early takes nothing from another.
   until=135
-  for share in local_activations:75 otsu_mask:20 local_level_loss:25 masked_max_pool:35 crop_and_zoom:25 \
-    attention_boxes:15 cam_seeds:45 cam_erase:40 cam_transform_mse:45 negative_cam_loss:55 focus_area:20; do
+  for share in local_activations:65 otsu_mask:20 local_level_loss:20 masked_max_pool:30 crop_and_zoom:25 \
+    attention_boxes:15 cam:20 cam_seeds:40 cam_erase:40 cam_transform_mse:40 negative_cam_loss:50 focus_area:15 \
+    stochastic_consistency:20; do
     op=${share%:*} until=$((until + ${share#*:}))
     step "compile_$op" $until "$python" -m pytest "benchmarks/bench_$op.py" "${rows[@]}" \
       --providers eager,compile,compile-max-autotune,camkernels --results "$results"
