@@ -47,7 +47,7 @@ OPS: dict[str, "Op"] = {}
 # Names in the lines that are written for an op; its arguments need others.
 _TAKEN = (
     "a ctx flow backend served options needs given reached nothing run reach allocate arrange is_dense "
-    "make_dense included are_bytes"
+    "make_dense included keys"
 )
 
 

@@ -70,13 +70,7 @@ _OTHER_THAN_BYTES = ~_bits(
     "ADInplaceOrView",
     *(f"{kind}{device}" for kind in ("", "Autograd", "Autocast") for device in ("CPU", "CUDA", "XPU")),
 )
-_TYPES = (Tensor, Parameter)
 _included = torch._C._dispatch_tls_local_include_set
-
-
-def _are_bytes(*tensors: Tensor | None) -> bool:
-    keys = (torch._C._dispatch_keys(tensor).raw_repr() for tensor in tensors if tensor is not None)
-    return not any(bits & _OTHER_THAN_BYTES for bits in keys)
 
 
 def is_watched() -> bool:
@@ -257,15 +251,15 @@ class Pass:
         self._fills = fills.split()
         self._finish, self._launch, self._suits_cuda = finish, launch, suits_cuda
         self._results_of = itemgetter(*self.results)
-        tests = {"Tensor": "not is_dense({0})", "Tensor?": "{0} is not None and not is_dense({0})"}
+        tensors = [n for n, kind in types.items() if kind.startswith("Tensor")]
+        given = {n: f"{n} is not None and " if types[n] == "Tensor?" else "" for n in tensors}
         self._prepare = written(
             f"prepare_{name}",
             f"is_dense, {', '.join(self.names)}",
             f"a = Arguments({', '.join(f'{n}={n}' for n in self.names)}, copied=False)",
             *(
-                f"if {tests[kind].format(n)}: make_dense(a, {n!r}, {n in channels_last.split()})"
-                for n, kind in types.items()
-                if kind in tests
+                f"if {given[n]}not is_dense({n}): make_dense(a, {n!r}, {n in channels_last.split()})"
+                for n in tensors
             ),
             "arrange(a)" if arrange else "",
             "allocate(a)",
@@ -275,23 +269,21 @@ class Pass:
             arrange=arrange,
             allocate=allocate,
         )
-        # Whether a call that is not compiled may bypass the dispatcher.
+        # Whether a call that is not compiled may bypass the dispatcher: nothing watches, and its tensors are
+        # no more and no less than their bytes.
         self.may_be_direct = written(
             f"{name}_may_be_direct",
             f"served, {', '.join(self.names)}",
             "if included().raw_repr() & WATCHING or served == 'meta': return False",
             *(
-                f"if type({n}) not in TYPES"
-                + f" and {n} is not None" * (kind == "Tensor?")
-                + ": return False"
-                for n, kind in types.items()
-                if kind in tests
+                f"if {given[n]}(type({n}) not in PLAIN or keys({n}).raw_repr() & OTHERS): return False"
+                for n in tensors
             ),
-            # A C++ kernel is called by way of the dispatcher, which knows what to do with other tensors.
-            f"return served != 'triton' or are_bytes({', '.join(n for n in types if types[n] in tests)})",
+            "return True",
             included=_included,
-            are_bytes=_are_bytes,
-            TYPES=_TYPES,
+            keys=torch._C._dispatch_keys,
+            OTHERS=_OTHER_THAN_BYTES,
+            PLAIN=(Tensor, Parameter),
             WATCHING=_WATCHING,
         )
         returned = ", ".join("Tensor" for _ in self.results)
