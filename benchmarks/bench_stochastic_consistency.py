@@ -64,7 +64,7 @@ def check(
     eager: tuple[Tensor, ...],
     truth: tuple[Tensor, ...],
 ) -> None:
-    for name, ours, theirs, true in zip(("loss", "grad_vectors"), results, eager, truth, strict=False):
+    for name, ours, theirs, true in zip(("loss", "grad_vectors"), results, eager, truth, strict=True):
         harness.assert_as_close_as(name, ours, theirs, true)
 
 

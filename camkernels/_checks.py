@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from camkernels._pass import accumulate_dtype, is_watched
+from camkernels._pass import accumulate_dtype, is_its_bytes, is_watched
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INDICES = (torch.int64, torch.int32)
@@ -37,6 +37,7 @@ def values_are_readable(tensor: Tensor) -> bool:
         not torch.compiler.is_compiling()  # first: Dynamo need not trace the rest
         and tensor.device.type == "cpu"
         and is_plain(tensor)
+        and is_its_bytes(tensor)
         and not is_watched()  # as by make_fx, which makes numbers constants
     )
 

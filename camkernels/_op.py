@@ -16,7 +16,7 @@ call goes straight to their launchers. The dispatcher is for what has to see the
 subclasses, dispatch modes.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 from operator import itemgetter
 from types import SimpleNamespace
@@ -44,16 +44,22 @@ Gradients = tuple[Tensor | None, ...]
 Flow = Callable[[Arguments], Mapping[str, Collection[str]]]
 
 OPS: dict[str, "Op"] = {}
+_NO_SECOND_ORDER = "{}: there is no double backward; backend 'reference' has one"
 # Names in the lines that are written for an op; its arguments need others.
 _TAKEN = (
-    "a ctx flow backend served options needs given reached nothing run reach allocate arrange is_dense "
-    "make_dense included keys"
+    "a ctx saved flow backend served options needs needed given reached nothing run reach numbers copied "
+    "allocate arrange is_dense make_dense included keys"
 )
 
 
 def _nothing(a: Arguments) -> Tensor:
     """In place of a gradient that nobody asked for."""
     return next(x for x in vars(a).values() if isinstance(x, Tensor)).new_empty(0)
+
+
+def _is_batched(value: Any) -> bool:
+    """Whether it is a tensor that left the ``vmap`` it belongs to."""
+    return isinstance(value, Tensor) and torch._C._functorch.is_batchedtensor(value)
 
 
 class _NoSecondOrder(torch.autograd.Function):
@@ -66,7 +72,7 @@ class _NoSecondOrder(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Gradients:
-        raise RuntimeError(f"{ctx.function}: there is no double backward; backend 'reference' has one")
+        raise RuntimeError(_NO_SECOND_ORDER.format(ctx.function))
 
 
 class Op:
@@ -194,7 +200,7 @@ class Op:
 
     def _write_autograd(self, types: dict[str, str], save: Mapping[str, Callable[[Arguments], Any]]) -> None:
         """Write ``self._save(ctx, a, flow)``, which saves what backward takes, arguments of these types, and
-        ``self.first_order(ctx, *grads)``, the gradients of all arguments of the forward pass."""
+        ``self.first_order(ctx, saved, *grads)``, the gradients of all arguments of the forward pass."""
         grads = [f"grad_{output}" for output in self.outputs]
         saved = [n for n, kind in types.items() if kind.startswith("Tensor") and n not in grads]
         options = [n for n in types if n not in (*saved, *grads)]
@@ -223,13 +229,13 @@ class Op:
             returned[i] = f"grad_{n} if need_{n} else None"
         self.first_order = written(
             f"{self.name}_first_order",
-            f"ctx, {', '.join(grads)}, *_",  # those of kept results are None
+            f"ctx, saved, {', '.join(grads)}, *_",  # those of kept results are None
             "flow, backend, served, options = ctx.told",
             "needs = ctx.needs_input_grad",
             reached,
             *needs,
             f"if not ({' or '.join(f'need_{n}' for n, _ in self._gradients_at)}): return nothing",
-            f"{', '.join(saved)}, = ctx.saved_tensors",
+            f"{', '.join(saved)}, = saved",
             f"{', '.join(options)}, = options" if options else "",
             f"{results} = run(({', '.join(self.backward.names)}), served)",
             f"return {', '.join(returned)}",
@@ -242,7 +248,11 @@ class Op:
         function: Any = type(
             self.name,
             (torch.autograd.Function,),
-            {"forward": staticmethod(self._forward), "backward": staticmethod(self._backward)},
+            # Functions, not bound methods: compiled autograd traces nothing else.
+            {
+                "forward": staticmethod(lambda ctx, *args: self._forward(ctx, *args)),
+                "backward": staticmethod(lambda ctx, *grads: self._backward(ctx, *grads)),
+            },
         )
         # Without what Function.apply does for torch.func, inside of which this is never called.
         self._apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
@@ -250,7 +260,7 @@ class Op:
             torch.library.register_autograd(overload, self._backward, setup_context=self._setup, lib=LIBRARY)
 
     def backend(self, function: str, *args: Any) -> str:
-        """The backend that serves these arguments; errors name ``function``."""
+        """The backend that serves a call whose arguments begin so; errors name ``function``."""
         return self._backend(function, _backend.setting(), args)
 
     def _backend(self, function: str, asked: str, args: tuple[Any, ...]) -> str:
@@ -276,23 +286,38 @@ class Op:
                     break
         if self._keeps:
             args = (*args, needed)
-        if torch.compiler.is_compiling() or not self.forward.may_be_direct(backend, *args, None, asked):
-            return self._dispatch(function, args)
-        if needed or (self._differentiable and forward_ad._current_level >= 0):
+        compiling = torch.compiler.is_compiling()
+        if not compiling and forward_ad._current_level >= 0:
+            self._refuse_tangents(function, args)
+        if compiling or not self.forward.may_be_direct(backend, *args, None, asked):
+            return self._dispatch(function, asked, args)
+        if needed:
             return self._apply(*args, None, asked, backend)
         return self._outputs_of(self.forward.fill((*args, None, asked), backend).__dict__)
 
-    def _dispatch(self, function: str, args: tuple[Any, ...]) -> Any:
+    def _refuse_tangents(self, function: str, args: tuple[Any, ...]) -> None:
+        """The autograd of ``torch.library`` would drop them in silence."""
+        for place in self._differentiable:
+            if args[place] is not None and forward_ad.unpack_dual(args[place]).tangent is not None:
+                raise RuntimeError(
+                    f"{function}: forward-mode differentiation does not see through the kernels; for it use "
+                    "camkernels.use_backend('reference')"
+                )
+
+    def _dispatch(self, function: str, asked: str, args: tuple[Any, ...]) -> Any:
         """The outputs, by way of the dispatcher, which has all results of the forward pass."""
-        if torch._C._are_functorch_transforms_active():  # Dynamo traces the question
+        numbers = None
+        if torch.compiler.is_compiling():
+            transformed = torch._C._are_functorch_transforms_active()  # Dynamo traces the question
+            args, numbers = self._with_open_numbers(args)
+        else:
+            transformed = torch._C._are_functorch_transforms_active() or any(map(_is_batched, args))
+        if transformed:
             raise RuntimeError(
                 f"{function}: torch.func transforms (grad, vjp, jvp, vmap ...) do not see through the "
                 "kernels; inside them use camkernels.use_backend('reference')"
             )
-        numbers = None
-        if torch.compiler.is_compiling():
-            args, numbers = self._with_open_numbers(args)
-        results = self.forward.dispatch((*args, numbers, _backend.setting()))
+        results = self.forward.dispatch((*args, numbers, asked))
         count = len(self.outputs)
         if count == len(self.forward.results):
             return results
@@ -315,7 +340,8 @@ class Op:
         outputs = self._outputs_of(a.__dict__)
         if a.copied:  # backward gets what came
             a.__dict__.update(zip(self.forward.names, inputs, strict=True))
-        self._keep(ctx, a, self.outputs)
+        # By default each output has a gradient, if any has: nothing of what is returned is constant.
+        self._keep(ctx, a, () if self._flow is None else self.outputs)
         return outputs
 
     def _setup(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -325,13 +351,13 @@ class Op:
         found.update(zip(self.forward.names, inputs, strict=True))
         self._keep(ctx, SimpleNamespace(**found, served=None), self.forward.results)
 
-    def _keep(self, ctx: Any, a: Arguments, returned: list[str]) -> None:
-        """What backward needs of a call that returns those results."""
+    def _keep(self, ctx: Any, a: Arguments, returned: Sequence[str]) -> None:
+        """What backward needs of a call. What it returned and no gradient comes back through is constant."""
         found = a.__dict__
         flow = self._everything if self._flow is None else self._flow(a)
         a.needed = needed = self._needed(ctx.needs_input_grad)
-        if returned is not self.outputs or flow is not self._everything or not needed:
-            constant = [found[n] for n in returned if needed.isdisjoint(flow.get(n, ()))]
+        if returned:
+            constant = (found[n] for n in returned if needed.isdisjoint(flow.get(n, ())))
             ctx.mark_non_differentiable(*constant)
         if a.numbers is not None:
             a.numbers = self._numbers_of_backward(a)
@@ -349,12 +375,17 @@ class Op:
         ``once_differentiable`` overlooks a gradient that depends on saved tensors only (the loss is linear in
         the output), and would leave its second derivative out in silence.
         """
+        saved = ctx.saved_tensors
         # Under torch.compile AOTAutograd refuses double backward by itself.
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self.first_order(ctx, *grads)
+            return self.first_order(ctx, saved, *grads)
+        if torch._C._dispatch_tls_is_dispatch_key_included("VmapMode"):
+            raise RuntimeError(
+                _NO_SECOND_ORDER.format(self.function)
+            )  # a batch of gradients drops the anchors
         with torch.no_grad():
-            found = self.first_order(ctx, *grads)
-        anchors = (*ctx.saved_tensors, *grads)  # whatever a second derivative could be asked for
+            found = self.first_order(ctx, saved, *grads)
+        anchors = (*saved, *grads)  # whatever a second derivative could be asked for
         return tuple(g if g is None else _NoSecondOrder.apply(self.function, g, *anchors) for g in found)
 
     def _reached(self, flow: Mapping[str, Collection[str]], *grads: Tensor | None) -> set[str]:

@@ -70,7 +70,11 @@ _OTHER_THAN_BYTES = ~_bits(
     "ADInplaceOrView",
     *(f"{kind}{device}" for kind in ("", "Autograd", "Autocast") for device in ("CPU", "CUDA", "XPU")),
 )
-_included = torch._C._dispatch_tls_local_include_set
+_included, _keys = torch._C._dispatch_tls_local_include_set, torch._C._dispatch_keys
+
+
+def is_its_bytes(tensor: Tensor) -> bool:
+    return _keys(tensor).raw_repr() & _OTHER_THAN_BYTES == 0
 
 
 def is_watched() -> bool:
@@ -131,7 +135,7 @@ def parse(arguments: str) -> dict[str, str]:
     return {name: kind for kind, name in pairs}
 
 
-def written(name: str, arguments: str, *lines: str, **known: Any) -> Callable[..., Any]:
+def written(name: str, arguments: str, /, *lines: str, **known: Any) -> Callable[..., Any]:
     """A function of these lines, which know the names ``known``.
 
     What every call of an op does for each of its tensors is written out once, when the op is declared: on
@@ -150,7 +154,7 @@ def define_kernel(name: str, reads: str, writes: str) -> None:
     filled = (f"Tensor({chr(97 + i)}!) {output}" for i, output in enumerate(writes.split()))
     CPP_SCHEMAS[name] = f"{name}({', '.join((reads.replace('SymInt', 'int'), *filled))}) -> ()"
     _CPP.define(CPP_SCHEMAS[name])
-    _CPP.impl(name, torch.library.fallthrough_kernel, "Autograd")  # the passes have what there is of it
+    _CPP.impl(name, torch.library.fallthrough_kernel, "Autograd")  # a pass has autograd, not its launcher
 
 
 @cache
@@ -270,7 +274,8 @@ class Pass:
             allocate=allocate,
         )
         # Whether a call that is not compiled may bypass the dispatcher: nothing watches, and its tensors are
-        # no more and no less than their bytes.
+        # no more and no less than their bytes. Launchers of C++ kernels are ops, too, but they cannot leave
+        # this to the dispatcher: for zeros that are not stored it would hand them one element, expanded.
         self.may_be_direct = written(
             f"{name}_may_be_direct",
             f"served, {', '.join(self.names)}",
@@ -281,7 +286,7 @@ class Pass:
             ),
             "return True",
             included=_included,
-            keys=torch._C._dispatch_keys,
+            keys=_keys,
             OTHERS=_OTHER_THAN_BYTES,
             PLAIN=(Tensor, Parameter),
             WATCHING=_WATCHING,
@@ -343,7 +348,7 @@ class Pass:
     def fill(self, args: Sequence[Any], backend: str) -> Arguments:
         """The arguments and results by name, the latter by that backend."""
         a = self._prepare(Tensor.is_contiguous, *args)
-        a.served = backend
+        a.served = backend  # before suits_cuda, which each pass asks for itself
         if a.numbers is not None:
             self._read_numbers(a)
         first = args[0] if args[0] is not None else args[1]
