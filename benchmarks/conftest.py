@@ -27,7 +27,12 @@ PROVIDERS = (
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("camkernels benchmarks")
-    group.addoption("--rows", choices=("smoke", "all"), default="smoke", help="which rows of workloads.json")
+    group.addoption(
+        "--rows",
+        choices=("smoke", "all", "tiny"),
+        default="smoke",
+        help="which rows of workloads.json; tiny: tensors so small that only the calls take time",
+    )
     group.addoption("--device", choices=("cpu", "cuda"), default="cpu")
     group.addoption(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the features"
@@ -51,8 +56,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         op = metafunc.module.OP
-        rows = harness.workload_rows(op.name, metafunc.config.getoption("rows"))
+        selection = metafunc.config.getoption("rows")
+        rows = harness.workload_rows(op.name, "all" if selection == "tiny" else selection)
         pairs = [(op, row, variant) for row in rows for variant in op.variants(row)]
+        if selection == "tiny":
+            pairs = [(op, op.tiny(variant), variant) for variant in dict.fromkeys(v for *_, v in pairs)]
         names = [f"{row['id']}-{variant}" for _, row, variant in pairs]
         metafunc.parametrize("case", pairs, ids=names, indirect=True, scope="session")
         metafunc.parametrize("direction", op.directions)
@@ -102,6 +110,8 @@ def save(config: pytest.Config, session: harness.Session, op: str) -> None:
         "freed_memory_kept": session.freed.kept,
     }
     suffix = "" if session.dtype == torch.float32 else f"-{config.getoption('dtype')}"
+    if config.getoption("rows") == "tiny":
+        suffix += schema.TINY
     results.save(folder, session.device, op + suffix, information, rows)
 
 

@@ -160,12 +160,17 @@ class Session:
             row = op.tiny(variant)
             inputs = self.inputs(op, row, variant, seed=0)
             calls = max(3, min(300, round(120 * self.seconds)))
+            playing = providers(op, row, variant, self.device, self.wanted)
             self.host[op.name, variant] = {
-                (direction, provider.name): measure.host_seconds(
-                    partial(provider, inputs, direction), self.device, calls
-                )
-                for provider in providers(op, row, variant, self.device, self.wanted)
+                (direction, provider.name): seconds
                 for direction in op.directions
+                for provider, seconds in zip(
+                    playing,
+                    measure.host_seconds(
+                        [partial(provider, inputs, direction) for provider in playing], self.device, calls
+                    ),
+                    strict=True,
+                )
             }
             measure.forget_compiled(self.device)
         return self.host[op.name, variant]
@@ -235,7 +240,7 @@ def run_case(benchmark: BenchmarkFixture, case: Case, direction: str) -> list[Ro
             del result
         spent.append(last)
         if device.type == "cuda":
-            host.append(measure.host_seconds(partial(call, case.sets[0]), device, calls=3))
+            host += measure.host_seconds([partial(call, case.sets[0])], device, count=3)
     fewest = MIN_ROUNDS if session.seconds else 2  # no time: whether it runs is all that is asked
     rounds = max(fewest, min(MAX_ROUNDS, math.ceil(session.seconds / sum(spent))))
     # On a GPU, work ahead of each timed call, so that the device never waits for the host in between: the
@@ -272,7 +277,7 @@ def run_case(benchmark: BenchmarkFixture, case: Case, direction: str) -> list[Ro
         events = measure.trace(once, device)
         host_seconds = case.tiny_host_seconds.get((direction, provider.name))
         if host_seconds is None:
-            host_seconds = measure.host_seconds(once, device)
+            (host_seconds,) = measure.host_seconds([once], device)
         low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
         rows.append(
             Row(

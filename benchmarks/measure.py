@@ -8,7 +8,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,19 +121,23 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def host_seconds(call: Call, device: torch.device, calls: int = 30) -> float:
-    """Median time until a call returns, the device not waited for. At most a few calls are in its queue."""
-    for _ in range(3):
-        call()
-    times = []
-    for _ in range(calls):
-        synchronize(device)
-        start = time.perf_counter()
-        result = call()
-        times.append(time.perf_counter() - start)
-        del result
+def host_seconds(calls: Sequence[Call], device: torch.device, count: int = 30) -> list[float]:
+    """Median time of each until it returns, the device not waited for, in turns of ten calls. At most a few
+    calls are in the device's queue."""
+    times: list[list[float]] = [[] for _ in calls]
+    for call in calls:
+        for _ in range(3):
+            call()
+    while len(times[-1]) < count:
+        for call, mine in zip(calls, times, strict=True):
+            for _ in range(min(10, count)):
+                synchronize(device)
+                start = time.perf_counter()
+                result = call()
+                mine.append(time.perf_counter() - start)
+                del result
     synchronize(device)
-    return statistics.median(times)
+    return [statistics.median(mine) for mine in times]
 
 
 def last_level_cache(device: torch.device) -> int:

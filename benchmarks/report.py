@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from schema import load
+from schema import TINY, load
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -294,6 +294,32 @@ def device_section(slug: str, content: dict[str, Any], plots: dict[str, str]) ->
     return lines
 
 
+def tiny_section(content: dict[str, Any]) -> list[str]:
+    """What a call costs where its tensors take no time."""
+    rows = []
+    for op, run in content["runs"].items():
+        if not op.endswith(TINY):
+            continue
+        for each in measurements(op.removesuffix(TINY), content["device"], run["rows"]):
+            host = {name: row["host_seconds"] * 1e6 for name, row in each.providers.items()}
+            if "eager" in host:
+                share, mine = host[MINE] / host["eager"], each.mine
+                rows.append(
+                    (
+                        f"`{each.op}`",
+                        mine["variant"],
+                        mine["direction"],
+                        f"{host['eager']:.0f}",
+                        f"{host[MINE]:.0f}",
+                        f"{share:.2f}" if share <= 1 else f"**{share:.2f}**",
+                    )
+                )
+    if not rows:
+        return []
+    header = ("op", "variant", "pass", "eager host µs", f"{MINE} host µs", "of eager's")
+    return [f"### {content['name']}, tiny tensors", "", *table(header, rows)]
+
+
 def table_beside(other: str, op: str, measured: Sequence[Measurement]) -> list[str]:
     if not measured:
         return []
@@ -402,9 +428,12 @@ def write(results: Path, readme: Path, notes: Path) -> None:
     """Put tables and plots of all result files between the marks in ``readme``."""
     files = {path.stem: load(path) for path in sorted(results.glob("*.json"))}
     lines = ["", *targets_table()]
+    tiny = [line for content in files.values() for line in tiny_section(content)]
+    for content in files.values():
+        content["runs"] = {op: run for op, run in content["runs"].items() if not op.endswith(TINY)}
     if files:
         causes = tomllib.loads(notes.read_text()) if notes.exists() else {}
-        lines += ["## Summary", "", *summary(files, causes), "## Tables", ""]
+        lines += ["## Summary", "", *summary(files, causes), "## Tables", "", *tiny]
     else:
         lines += ["No results have been written yet.", ""]
     for slug, content in files.items():

@@ -1,5 +1,5 @@
 """The one schema of all results: a file per device, in it a run per op (features of another dtype than
-float32: ``<op>-<dtype>``), in it a row per measured call.
+float32: ``<op>-<dtype>``; tiny tensors: ``<op>-tiny``), in it a row per measured call.
 
     {"schema": 1, "device": "cpu" | "cuda", "name": "AMD EPYC",
      "runs": {"fused_cam_erase": {"machine": {...}, "rows": [{...}, ...]}}}
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
+TINY = "-tiny"
 
 
 @dataclass(frozen=True)

@@ -406,17 +406,40 @@ def test_a_wrong_result_is_refused(bench, row, variant):
             bench.check(inputs, tuple(wrong), found, truth)
 
 
+def run_alone(command):
+    # A worker of xdist names itself in the environment, where pytest-benchmark would take this run for one.
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    # One thread: those of tiny tensors wait for each other far longer than they work, beside other workers.
+    alone["OMP_NUM_THREADS"] = "1"
+    subprocess.run(command, check=True, cwd=BENCHMARKS.parent, env=alone)
+
+
+def test_calls_on_tiny_tensors_have_a_table_to_themselves(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        str(BENCHMARKS / "bench_focus_area.py"),
+        "--rows",
+        "tiny",
+    ]
+    run_alone([*command, "--providers", "eager,camkernels", "--results", str(tmp_path / "results")])
+    page = write_report(tmp_path)
+    for variant in bench_focus_area.OP.variants(ROW):
+        (line,) = (line for line in page.splitlines() if f"| `focus_area` | {variant} | forward |" in line)
+        eager, ours, share = (float(cell.strip(" *")) for cell in line.split("|")[4:7])
+        assert share == pytest.approx(ours / eager, abs=0.05)
+    assert schema.TINY not in page
+
+
 def test_a_tiny_run_gives_rows_that_the_report_reads(tmp_path):
     providers = "eager,camkernels,gathered,released,exact,skimage"
     left_out = ("smoke-multi-label", "smoke-all", "smoke-single", "smoke-many")
     command = [sys.executable, "-m", "pytest", "-q", str(BENCHMARKS), "--rows", "smoke", "--max-images", "2"]
     command += ["--seconds", "0", "--providers", providers, "--results", str(tmp_path / "results")]
     command += ["-k", " and ".join(f"not {each}" for each in (*left_out, "channels_last"))]
-    # A worker of xdist names itself in the environment, where pytest-benchmark would take this run for one.
-    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    # One thread: those of tiny tensors wait for each other far longer than they work, beside other workers.
-    alone["OMP_NUM_THREADS"] = "1"
-    subprocess.run(command, check=True, cwd=BENCHMARKS.parent, env=alone)
+    run_alone(command)
     (path,) = (tmp_path / "results").glob("*.json")
     runs = json.loads(path.read_text())["runs"]
     assert runs.keys() == {bench.OP.name for bench in BENCHES}
