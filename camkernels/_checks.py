@@ -185,6 +185,7 @@ def mask(function: str, value: object, like: Tensor | None = None, argument: str
     images, height, width = value.shape
     shape = like.shape
     if width != shape[-1] or height != shape[-2] or images != shape[0]:
+        not_empty(function, "mask", value, "H and W")
         raise ValueError(
             f"{function}: mask has shape {list(value.shape)} and {argument} {list(like.shape)}; it must be "
             f"{[like.shape[0], *like.shape[-2:]]}"

@@ -297,6 +297,8 @@ class Op:
 
     def _refuse_tangents(self, function: str, args: tuple[Any, ...]) -> None:
         """The autograd of ``torch.library`` would drop them in silence."""
+        if torch._C._are_functorch_transforms_active():
+            return  # of those ``_dispatch`` speaks
         for place in self._differentiable:
             if args[place] is not None and forward_ad.unpack_dual(args[place]).tangent is not None:
                 raise RuntimeError(
