@@ -54,14 +54,13 @@ def _bits(*keys: str) -> int:
 
 
 # Keys of the dispatcher that this thread includes while something looks at the operations: a dispatch mode, a
-# transform of torch.func, a batch of gradients, a trace.
+# transform of torch.func, a trace.
 _WATCHING = _bits(
     "Python",
     "PreDispatch",
     "PythonDispatcher",
     "Functionalize",
     "FuncTorchDynamicLayerFrontMode",
-    "VmapMode",
     "Tracer",
 )
 # Those of a tensor that is its bytes on a device. Others tell a subclass, a wrapper, a negated view, zeros

@@ -462,6 +462,20 @@ def test_a_tensor_that_left_its_vmap_is_refused_in_words():
         camkernels.fused_cam(left[0], CASE.weight())
 
 
+class Mine(torch.Tensor):
+    """Of Python only: the dispatcher sees a tensor like any other."""
+
+
+@each(CALLS)
+def test_a_subclass_stays_one(call):
+    inputs = {name: x.detach() for name, x in call.inputs(CASE).items()}
+    plain = call.outputs(CASE, inputs)
+    found = call.outputs(CASE, {name: x.as_subclass(Mine) for name, x in inputs.items()})
+    for ours, true in zip(found, plain, strict=True):
+        assert type(ours) is Mine
+        torch.testing.assert_close(ours.as_subclass(torch.Tensor), true, equal_nan=True)
+
+
 def used_heap():
     """Freed memory that holds no zeros: what reads beyond a tensor finds NaN."""
     kept = [torch.full((1,), torch.nan) for _ in range(20000)]
