@@ -6,6 +6,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -462,17 +463,26 @@ def test_a_tensor_that_left_its_vmap_is_refused_in_words():
         camkernels.fused_cam(left[0], CASE.weight())
 
 
-class Mine(torch.Tensor):
-    """Of Python only: the dispatcher sees a tensor like any other."""
+class Watchful(torch.Tensor):
+    """A subclass of Python only: the dispatcher sees a tensor like any other."""
+
+    seen: ClassVar[list[str]] = []
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        cls.seen.append(str(function))
+        return super().__torch_function__(function, types, args, kwargs or {})
 
 
 @each(CALLS)
-def test_a_subclass_stays_one(call):
+def test_a_subclass_sees_the_op_and_stays_one(call):
     inputs = {name: x.detach() for name, x in call.inputs(CASE).items()}
     plain = call.outputs(CASE, inputs)
-    found = call.outputs(CASE, {name: x.as_subclass(Mine) for name, x in inputs.items()})
+    Watchful.seen.clear()
+    found = call.outputs(CASE, {name: x.as_subclass(Watchful) for name, x in inputs.items()})
+    assert f"camkernels.{call.op.name}_fwd.default" in Watchful.seen
     for ours, true in zip(found, plain, strict=True):
-        assert type(ours) is Mine
+        assert type(ours) is Watchful
         torch.testing.assert_close(ours.as_subclass(torch.Tensor), true, equal_nan=True)
 
 
