@@ -94,11 +94,11 @@ class Op:
         gradients: for each differentiable input, what allocates its gradient.
         flow: for each output the inputs that its gradient reaches; by default all of ``gradients``.
         save: what backward gets under a name, where that is not the argument or result of this name.
-        arrange: changes arguments before anything is allocated, such as the layout of a gradient.
+        arrange: changes arguments of the backward pass before its results are allocated.
         launch_fwd, launch_bwd: start the kernels of a pass, which ``define_kernel`` declares; by default one
             of the pass's name and arguments.
         channels_last: tensors that kernels read in that layout, too; all others are made contiguous.
-        decides: tensors whose widest dtype the backend must serve, the first of them its device.
+        decides: tensors that choose the backend: device and dtype of the first, or float64 if any is of it.
         backends: those that have kernels for the op.
         suits_cuda: whether ``auto`` should prefer the CUDA kernels to Triton's for these arguments.
     """
@@ -254,7 +254,7 @@ class Op:
                 "backward": staticmethod(lambda ctx, *grads: self._backward(ctx, *grads)),
             },
         )
-        # Without what Function.apply does for torch.func, inside of which this is never called.
+        # Skips what Function.apply does for torch.func: this is never called inside a transform.
         self._apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
         for overload in filter(None, (self.forward.dispatched, self.forward.dispatched_open)):
             torch.library.register_autograd(overload, self._backward, setup_context=self._setup, lib=LIBRARY)
@@ -298,7 +298,7 @@ class Op:
     def _refuse_tangents(self, function: str, args: tuple[Any, ...]) -> None:
         """The autograd of ``torch.library`` would drop them in silence."""
         if torch._C._are_functorch_transforms_active():
-            return  # of those ``_dispatch`` speaks
+            return  # _dispatch raises the error for them
         for place in self._differentiable:
             if args[place] is not None and forward_ad.unpack_dual(args[place]).tangent is not None:
                 raise RuntimeError(
@@ -354,7 +354,7 @@ class Op:
         self._keep(ctx, SimpleNamespace(**found, served=None), self.forward.results)
 
     def _keep(self, ctx: Any, a: Arguments, returned: Sequence[str]) -> None:
-        """What backward needs of a call. What it returned and no gradient comes back through is constant."""
+        """What backward needs of a call. Results through which no needed gradient flows are marked."""
         found = a.__dict__
         flow = self._everything if self._flow is None else self._flow(a)
         a.needed = needed = self._needed(ctx.needs_input_grad)

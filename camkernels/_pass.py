@@ -4,7 +4,7 @@ A pass works on a namespace: it holds the arguments by name, then the tensors th
 launcher takes from it what its own signature names:
 
     cpu, cuda  camkernels_cpp::<pass>, a C++ kernel under the key CPU or CUDA
-    triton     camkernels.triton.<pass>, a Python function
+    triton     camkernels.triton.<op>.<pass>, a Python function
 """
 
 import importlib
@@ -63,8 +63,8 @@ _WATCHING = _bits(
     "FuncTorchDynamicLayerFrontMode",
     "Tracer",
 )
-# Those of a tensor that is its bytes on a device. Others tell a subclass, a wrapper, a negated view, zeros
-# that are not stored.
+# All keys but those of an ordinary tensor, whose storage holds its values. One of them marks a subclass, a
+# wrapper, a negated view or zeros without storage.
 _OTHER_THAN_BYTES = ~_bits(
     "ADInplaceOrView",
     *(f"{kind}{device}" for kind in ("", "Autograd", "Autocast") for device in ("CPU", "CUDA", "XPU")),
