@@ -56,17 +56,6 @@ def cost(row: Mapping[str, Any], variant: str, dtype: torch.dtype, direction: st
     )
 
 
-def check(
-    inputs: harness.Inputs,
-    results: tuple[Tensor, ...],
-    eager: tuple[Tensor, ...],
-    truth: tuple[Tensor, ...],
-) -> None:
-    names = ("cam", "grad_features", "grad_weight")
-    for name, ours, theirs, true in zip(names, results, eager, truth, strict=True):
-        harness.assert_as_close_as(name, ours, theirs, true)
-
-
 OP = harness.Op(
     name="fused_cam",
     variants=lambda row: VARIANTS,
@@ -76,7 +65,7 @@ OP = harness.Op(
     fused=fused_cam,
     make=make,
     cost=cost,
-    check=check,
+    check=harness.as_close_as_eager("cam", "grad_features", "grad_weight"),
 )
 
 

@@ -56,16 +56,6 @@ def cost(row: Mapping[str, Any], variant: str, dtype: torch.dtype, direction: st
     return measure.Cost(bytes=read + zoomed + row["N"] * 16, flops=9 * planes * prod(row["size"]))
 
 
-def check(
-    inputs: harness.Inputs,
-    results: tuple[Tensor, ...],
-    eager: tuple[Tensor, ...],
-    truth: tuple[Tensor, ...],
-) -> None:
-    for name, ours, theirs, true in zip(("zoomed", "grad_images"), results, eager, truth, strict=False):
-        harness.assert_as_close_as(name, ours, theirs, true)
-
-
 OP = harness.Op(
     name="crop_and_zoom",
     variants=lambda row: tuple(maps.LAYOUTS),
@@ -75,7 +65,7 @@ OP = harness.Op(
     fused=crop_and_zoom,
     make=make,
     cost=cost,
-    check=check,
+    check=harness.as_close_as_eager("zoomed", "grad_images"),
 )
 
 

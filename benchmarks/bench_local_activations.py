@@ -97,17 +97,6 @@ def kept_bytes(row: Mapping[str, Any]) -> int:
     return int(row["N"] * row["HW"][0] * row["HW"][1] * (row["L"] + 1 + 4))
 
 
-def check(
-    inputs: harness.Inputs,
-    results: tuple[Tensor, ...],
-    eager: tuple[Tensor, ...],
-    truth: tuple[Tensor, ...],
-) -> None:
-    names = ("activations", "attention", "grad_features", "grad_weight", "grad_bias")
-    for name, ours, theirs, true in zip(names, results, eager, truth, strict=False):
-        harness.assert_as_close_as(name, ours, theirs, true)
-
-
 OP = harness.Op(
     name="fused_local_activations",
     variants=variants,
@@ -117,7 +106,7 @@ OP = harness.Op(
     fused=fused_local_activations,
     make=make,
     cost=cost,
-    check=check,
+    check=harness.as_close_as_eager("activations", "attention", "grad_features", "grad_weight", "grad_bias"),
     kept_bytes=kept_bytes,
 )
 

@@ -60,16 +60,6 @@ def kept_bytes(row: Mapping[str, Any]) -> int:
     return int(row["N"] * -(-row["HW"][0] * row["HW"][1] // TILE) * 4)
 
 
-def check(
-    inputs: harness.Inputs,
-    results: tuple[Tensor, ...],
-    eager: tuple[Tensor, ...],
-    truth: tuple[Tensor, ...],
-) -> None:
-    for name, ours, theirs, true in zip(("loss", "grad_activations"), results, eager, truth, strict=False):
-        harness.assert_as_close_as(name, ours, theirs, true)
-
-
 OP = harness.Op(
     name="local_level_loss",
     variants=lambda row: VARIANTS,
@@ -79,7 +69,7 @@ OP = harness.Op(
     fused=local_level_loss,
     make=make,
     cost=cost,
-    check=check,
+    check=harness.as_close_as_eager("loss", "grad_activations"),
     kept_bytes=kept_bytes,
 )
 

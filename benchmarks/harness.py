@@ -91,6 +91,16 @@ def assert_as_close_as(
     assert distance <= allowed, f"{name} is {distance:.3g} from the float64 truth; {allowed:.3g} is allowed"
 
 
+def as_close_as_eager(*names: str) -> Callable[[Inputs, Tensors, Tensors, Tensors], None]:
+    """An ``Op.check`` of results that have these names, outputs and then gradients."""
+
+    def check(inputs: Inputs, results: Tensors, eager: Tensors, truth: Tensors) -> None:
+        for name, ours, theirs, true in zip(names, results, eager, truth, strict=True):
+            assert_as_close_as(name, ours, theirs, true)
+
+    return check
+
+
 def _distance(tensor: Tensor, truth: Tensor) -> float:
     return (tensor.double() - truth).abs().max().item()
 

@@ -92,7 +92,7 @@ class Op:
         backward: the schema of the backward pass: ``grad_<output>`` and whatever it needs of ``inputs``,
             ``outputs`` and ``kept``, which is what a call saves.
         gradients: for each differentiable input, what allocates its gradient.
-        flow: for each output the inputs that its gradient reaches; by default all of ``gradients``.
+        flow: gives for each output the inputs that its gradient reaches; by default all of ``gradients``.
         save: what backward gets under a name, where that is not the argument or result of this name.
         arrange: changes arguments of the backward pass before its results are allocated.
         launch_fwd, launch_bwd: start the kernels of a pass, which ``define_kernel`` declares; by default one
@@ -255,7 +255,7 @@ class Op:
             },
         )
         # Skips what Function.apply does for torch.func: this is never called inside a transform.
-        self._apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+        self._apply = vars(torch._C._FunctionBase)["apply"].__get__(None, function)
         for overload in filter(None, (self.forward.dispatched, self.forward.dispatched_open)):
             torch.library.register_autograd(overload, self._backward, setup_context=self._setup, lib=LIBRARY)
 
@@ -342,7 +342,7 @@ class Op:
         outputs = self._outputs_of(a.__dict__)
         if a.copied:  # backward gets what came
             a.__dict__.update(zip(self.forward.names, inputs, strict=True))
-        # By default each output has a gradient, if any has: nothing of what is returned is constant.
+        # Without ``flow`` every output is differentiable: none has to be marked.
         self._keep(ctx, a, () if self._flow is None else self.outputs)
         return outputs
 
@@ -382,9 +382,8 @@ class Op:
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.first_order(ctx, saved, *grads)
         if torch._C._dispatch_tls_is_dispatch_key_included("VmapMode"):
-            raise RuntimeError(
-                _NO_SECOND_ORDER.format(self.function)
-            )  # a batch of gradients drops the anchors
+            # A batch of gradients would drop the anchors.
+            raise RuntimeError(_NO_SECOND_ORDER.format(self.function))
         with torch.no_grad():
             found = self.first_order(ctx, saved, *grads)
         anchors = (*saved, *grads)  # whatever a second derivative could be asked for

@@ -31,8 +31,8 @@ CPP_LIBRARIES = {"cpu": "camkernels_cpp", "cuda": "camkernels_cpp"}
 
 
 def _library(name: str) -> torch.library.Library:
-    """A library to define ops in. What an earlier import of camkernels defined there goes first: after a
-    purge of ``sys.modules`` the package is imported once more in one process."""
+    """A library to define ops in. What an earlier import of camkernels defined there is destroyed
+    first: after a purge of ``sys.modules`` the package is imported once more in one process."""
     namespace = getattr(torch.ops, name)
     earlier = vars(namespace).get("library")
     if earlier is not None:
@@ -73,6 +73,7 @@ _included, _keys = torch._C._dispatch_tls_local_include_set, torch._C._dispatch_
 
 
 def is_its_bytes(tensor: Tensor) -> bool:
+    """Whether the tensor is an ordinary one, whose storage holds its values."""
     return _keys(tensor).raw_repr() & _OTHER_THAN_BYTES == 0
 
 
@@ -202,7 +203,7 @@ def _is_open(number: float) -> bool:
 
 
 def settled(number: float) -> float:
-    """A number of no meaning in place of one that is open, 0 only for 0."""
+    """What stands for a number that torch.compile keeps open and ``numbers`` holds: 0 only for 0."""
     return 1.0 if number else 0.0
 
 
@@ -228,7 +229,8 @@ def _make_dense(a: Arguments, name: str, channels_last: bool) -> None:
 class Pass:
     """One op of ``torch.library`` that allocates tensors and has a backend fill them.
 
-    Beside its arguments it takes ``numbers``: None, or the values of all its options of type float.
+    After its own arguments it takes ``numbers`` (None, or the values of all its options of type float) and
+    ``backend``, the one asked for.
     """
 
     def __init__(
@@ -347,7 +349,7 @@ class Pass:
     def fill(self, args: Sequence[Any], backend: str) -> Arguments:
         """The arguments and results by name, the latter by that backend."""
         a = self._prepare(Tensor.is_contiguous, *args)
-        a.served = backend  # before suits_cuda, which each pass asks for itself
+        a.served = backend  # as backward gets it; ``suits_cuda`` it asks for itself
         if a.numbers is not None:
             self._read_numbers(a)
         first = args[0] if args[0] is not None else args[1]

@@ -5,7 +5,7 @@ for call in CALLS:
     outputs = call.outputs(case, inputs)
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -175,6 +175,17 @@ def placed(calls: Sequence[Call], backends: Sequence[tuple[str, str]] = KERNEL_B
     """Each call with each backend that serves it, and a device for it, as parameters of a test."""
     found = ((each, *place) for each in calls for place in backends if place[0] in each.op.backends)
     return [pytest.param(*one, id=f"{one[0]}-{one[1]}") for one in found]
+
+
+def each(calls: Iterable[Call]) -> pytest.MarkDecorator:
+    """A test for each call."""
+    return pytest.mark.parametrize("call", calls, ids=str)
+
+
+def loss_of(call: Call, case: Case, **tensors: Tensor) -> Tensor:
+    """One number that depends on every differentiable output."""
+    outputs = as_tuple(call.bound(case)(**tensors))
+    return torch.stack([(x.float() ** 2).sum() for x in outputs if x.is_floating_point()]).sum()
 
 
 @contextmanager
